@@ -1,0 +1,38 @@
+"""Where things stand in the AnnData: every key that the package reads or writes, by name, once."""
+
+from __future__ import annotations
+
+SPLICED, UNSPLICED = "spliced", "unspliced"
+MS, MU = "Ms", "Mu"
+
+VELOCITY, VELOCITY_SD, VELOCITY_Q05, VELOCITY_Q95 = "velocity", "velocity_sd", "velocity_q05", "velocity_q95"
+FIT_T, FIT_T_SD, FIT_S, FIT_U, FIT_STATE = "fit_t", "fit_t_sd", "fit_s", "fit_u", "fit_state"
+LAYERS_OUT = (VELOCITY, VELOCITY_SD, VELOCITY_Q05, VELOCITY_Q95, FIT_T, FIT_T_SD, FIT_S, FIT_U, FIT_STATE)
+
+FIT_ALPHA, FIT_BETA, FIT_GAMMA, FIT_SWITCH = "fit_alpha", "fit_beta", "fit_gamma", "fit_t_"
+RATES = (FIT_ALPHA, FIT_BETA, FIT_GAMMA, FIT_SWITCH)
+RATES_SD = tuple(f"{name}_sd" for name in RATES)
+FIT_STD_U, FIT_STD_S, FIT_LIKELIHOOD, VELOCITY_GENES = "fit_std_u", "fit_std_s", "fit_likelihood", "velocity_genes"
+FIT_U0, FIT_S0 = "fit_u0", "fit_s0"
+VAR_OUT = (*RATES, *RATES_SD, FIT_STD_U, FIT_STD_S, FIT_LIKELIHOOD, FIT_U0, FIT_S0)
+"""What a fit adds to var; `velocity_genes` is made by preprocessing already, and is narrowed by the fit."""
+
+LATENT_TIME, VELOCITY_UNCERTAINTY = "latent_time", "velocity_uncertainty"
+OBS_OUT = (LATENT_TIME, VELOCITY_UNCERTAINTY)
+
+LATENT = "X_velocity_latent"
+OBSM_OUT = (LATENT,)
+UNS = "pyro_velo"
+UNS_PREPARE, UNS_FIT = "prepare", "fit"
+
+TRUE_ALPHA, TRUE_BETA, TRUE_GAMMA, TRUE_SWITCH = "true_alpha", "true_beta", "true_gamma", "true_t_"
+TRUE_TIME, TRUE_VELOCITY, TRUE_U, TRUE_S = "true_t", "true_velocity", "true_u", "true_s"
+
+
+def velocity_embedding(basis: str) -> str:
+    """The obsm key of the velocity projected on `basis`.
+
+    >>> velocity_embedding("umap")
+    'velocity_umap'
+    """
+    return f"velocity_{basis.removeprefix('X_')}"

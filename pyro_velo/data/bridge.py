@@ -1,0 +1,191 @@
+"""AnnData to tensors, and the posterior back into the AnnData."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+
+from pyro_velo.batch import Cells
+from pyro_velo.data import anndata_keys as keys
+from pyro_velo.data.checks import check_adata, check_key, checked_layers
+from pyro_velo.data.matrices import checked_matrix
+from pyro_velo.errors import InputError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from pyro_velo.posterior import Posterior
+
+Array = NDArray[np.float32]
+
+TOP = 99.0
+"""The percentile that counts as a gene's maximum: one extreme cell must not set the scale of all others."""
+GENES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Each fitted gene's own zero and unit, (G,): scaled = (layer - zero) / unit, for unspliced and spliced."""
+
+    u_zero: Array
+    u_unit: Array
+    s_zero: Array
+    s_unit: Array
+
+
+@dataclass(frozen=True)
+class VelocityData:
+    """What is fitted: the scaled cells, which genes of the AnnData they are (`genes`, a mask), and their scaling."""
+
+    cells: Cells
+    genes: NDArray[np.bool_]
+    gene_names: list[str]
+    scaling: Scaling
+
+
+def velocity_data(
+    adata: AnnData,
+    *,
+    as_is: bool = False,
+    spliced: str | None = None,
+    unspliced: str | None = None,
+    device: str | torch.device = "cpu",
+) -> VelocityData:
+    """The genes that carry dynamics, min-max scaled: from `Ms` and `Mu`, or from the raw layers as they stand (`as_is`).
+
+    `spliced` and `unspliced` name other layers. The maximum is the 99th percentile. Genes whose 99th percentile is their
+    minimum are left out, and so are those that preprocessing marked in `velocity_genes`, unless `as_is`.
+    Memory: 8 bytes a cell and fitted gene, and once more while it is made.
+
+    Raises `InputError` for missing, malformed, NaN, infinite or negative layers, and where no gene is left.
+    """
+    s, u = _layers(adata, as_is, spliced, unspliced)
+    wanted = np.ones(adata.n_vars, bool)
+    if not as_is and keys.VELOCITY_GENES in adata.var:
+        wanted = adata.var[keys.VELOCITY_GENES].to_numpy().astype(bool)
+    (u_zero, u_top), (s_zero, s_top) = _range(u), _range(s)
+    genes = wanted & (u_top > u_zero) & (s_top > s_zero)
+    if not genes.any():
+        raise InputError(
+            f"None of the {adata.n_vars} genes varies in both layers; expected at least one that does. "
+            "Look at the layers' values, or lower min_shared_counts when preparing."
+        )
+    scaling = Scaling(u_zero[genes], (u_top - u_zero)[genes], s_zero[genes], (s_top - s_zero)[genes])
+    molecules = torch.empty(2, adata.n_obs, int(genes.sum()))
+    for i, (layer, zero, unit) in enumerate(
+        ((u, scaling.u_zero, scaling.u_unit), (s, scaling.s_zero, scaling.s_unit))
+    ):
+        molecules[i] = torch.from_numpy((_dense(layer[:, genes]) - zero) / unit)
+    ratio = torch.from_numpy(scaling.u_unit / scaling.s_unit)
+    cells = Cells(molecules.to(device), ratio.to(device))
+    return VelocityData(cells, genes, adata.var_names[genes].tolist(), scaling)
+
+
+def _layers(adata: AnnData, as_is: bool, spliced: str | None, unspliced: str | None) -> tuple[Any, Any]:
+    """Spliced and unspliced, checked."""
+    if as_is:
+        return checked_layers(adata, spliced=spliced or keys.SPLICED, unspliced=unspliced or keys.UNSPLICED)
+    check_adata(adata)
+    names = (spliced or keys.MS, unspliced or keys.MU)
+    if keys.MS not in adata.layers and spliced is None:
+        raise InputError(
+            f"Layer {keys.MS!r} is missing; present: {sorted(map(str, adata.layers))}. "
+            "Run pyro_velo.pp.prepare(adata) first, or fit the layers as they are with as_is=True."
+        )
+    found = []
+    for name in names:
+        check_key(adata, "layers", name)
+        found.append(checked_matrix(adata.layers[name], f"Layer {name!r}", gene_names=adata.var_names))
+    return found[0], found[1]
+
+
+def _range(layer: Any) -> tuple[Array, Array]:
+    """Each gene's minimum and 99th percentile, some genes at a time."""
+    low, top = np.empty(layer.shape[1], np.float32), np.empty(layer.shape[1], np.float32)
+    columns = sparse.csc_matrix(layer) if sparse.issparse(layer) else layer
+    for start in range(0, layer.shape[1], GENES_AT_ONCE):
+        block = slice(start, start + GENES_AT_ONCE)
+        values = _dense(columns[:, block])
+        low[block], top[block] = values.min(0), np.percentile(values, TOP, axis=0)
+    return low, top
+
+
+def _dense(layer: Any) -> Array:
+    return np.asarray(layer.toarray() if sparse.issparse(layer) else layer, np.float32)
+
+
+def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *, about: dict[str, Any]) -> None:
+    """Put every summary where `anndata_keys` says, in the layers' own units; genes that were not fitted hold NaN.
+
+    All that can fail is done before the first key is written.
+    """
+    scale, genes = data.scaling, data.genes
+    layers = {
+        keys.VELOCITY: posterior.velocity * scale.s_unit,
+        keys.VELOCITY_SD: posterior.velocity_sd * scale.s_unit,
+        keys.VELOCITY_Q05: posterior.velocity_q05 * scale.s_unit,
+        keys.VELOCITY_Q95: posterior.velocity_q95 * scale.s_unit,
+        keys.FIT_T: posterior.t,
+        keys.FIT_T_SD: posterior.t_sd,
+        keys.FIT_S: posterior.s * scale.s_unit + scale.s_zero,
+        # The kinetics live in units of scaled spliced, for both molecules.
+        keys.FIT_U: posterior.u * scale.s_unit + scale.u_zero,
+    }
+    var = _gene_columns(posterior, scale)
+    everywhere = {name: _spread(values, genes, 1) for name, values in layers.items()}
+    # 255 marks a gene that was not fitted: whole numbers have no NaN.
+    states = np.full(adata.shape, 255, np.uint8)
+    states[:, genes] = posterior.state
+    for name, values in everywhere.items():
+        adata.layers[name] = values
+    adata.layers[keys.FIT_STATE] = states
+    for name, column in var.items():
+        adata.var[name] = _spread(column, genes, 0)
+    adata.var[keys.VELOCITY_GENES] = genes
+    adata.obs[keys.LATENT_TIME] = latent_time(posterior.t, posterior.log_likelihood)
+    adata.obs[keys.VELOCITY_UNCERTAINTY] = posterior.uncertainty
+    adata.obsm[keys.LATENT] = posterior.z
+    adata.uns[keys.UNS] = {**adata.uns.get(keys.UNS, {}), **about}
+
+
+def _gene_columns(posterior: Posterior, scale: Scaling) -> dict[str, Array]:
+    """The columns of var, for the fitted genes: alpha in units of Mu per time, noise in units of its own layer."""
+    columns: dict[str, Array] = {}
+    for name, site in zip(keys.RATES, ("alpha", "beta", "gamma", "switch_time"), strict=True):
+        unit = scale.s_unit if site == "alpha" else np.float32(1)
+        columns[name] = posterior.rates[site] * unit
+        columns[f"{name}_sd"] = posterior.rates_sd[site] * unit
+    for name, site, unit in (
+        (keys.FIT_STD_U, "noise_unspliced", scale.u_unit),
+        (keys.FIT_STD_S, "noise_spliced", scale.s_unit),
+    ):
+        if site in posterior.rates:
+            columns[name] = posterior.rates[site] * unit
+    columns[keys.FIT_LIKELIHOOD] = np.exp(posterior.log_likelihood / 2)
+    columns[keys.FIT_U0], columns[keys.FIT_S0] = scale.u_zero, scale.s_zero
+    return columns
+
+
+def _spread(values: Array, genes: NDArray[np.bool_], axis: int) -> Array:
+    """Values of the fitted genes among all genes, NaN elsewhere."""
+    shape = (values.shape[0], len(genes)) if axis else (len(genes),)
+    out = np.full(shape, np.nan, np.float32)
+    out[..., genes] = values
+    return out
+
+
+def latent_time(t: Array, log_likelihood: Array) -> Array:
+    """One time per cell in [0, 1]: the mean rank over genes of the latent time, genes weighted by their likelihood.
+
+    Ranks, because each gene has a clock of its own. Shapes: t (N, G), log_likelihood (G,); returns (N,).
+    """
+    ranks = np.argsort(np.argsort(t, axis=0, kind="stable"), axis=0, kind="stable").astype(np.float32)
+    weights = np.exp(log_likelihood - log_likelihood.max())
+    mean = ranks @ (weights / weights.sum())
+    spread = np.ptp(mean)
+    return (mean - mean.min()) / spread if spread > 0 else np.zeros_like(mean)

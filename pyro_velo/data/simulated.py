@@ -1,0 +1,81 @@
+"""A simulation as an AnnData, its truth beside the layers that a fit reads."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from pyro_velo.data.anndata_keys import (
+    SPLICED,
+    TRUE_ALPHA,
+    TRUE_BETA,
+    TRUE_GAMMA,
+    TRUE_S,
+    TRUE_SWITCH,
+    TRUE_TIME,
+    TRUE_U,
+    TRUE_VELOCITY,
+    UNSPLICED,
+)
+from pyro_velo.simulate import Simulation
+
+LINEAGE, TRUE_LIBRARY, TRUE_ONSET, SIMULATION = "lineage", "true_library", "true_onset", "simulation"
+
+
+def to_anndata(simulation: Simulation) -> AnnData:
+    """The simulation as N cells x G genes, `X` and the layer `spliced` holding the measured spliced values.
+
+    layers: `spliced`, `unspliced`, int32 CSR where they are counts, else dense float32; `true_u`, `true_s` and
+    `true_velocity`, float32, in abundance (per unit of time) whatever the library size; `true_t` where genes have
+    times of their own.
+    obs: `true_t`, the cell's time in [0, 20]; `true_library`, counts per unit of abundance; `lineage` where there are
+    several.
+    var: `true_alpha`, `true_beta`, `true_gamma`, and `true_t_`, which is NaN where lineages differ: varm `true_onset`
+    and `true_t_` (genes, lineages) hold the times then.
+    uns: `simulation`, the settings and the seed.
+    """
+    obs = pd.DataFrame(
+        {TRUE_TIME: simulation.true_t, TRUE_LIBRARY: simulation.library},
+        index=[f"cell_{number}" for number in range(len(simulation.true_t))],
+    )
+    switch = simulation.true_switch
+    var = pd.DataFrame(
+        {
+            TRUE_ALPHA: simulation.true_alpha,
+            TRUE_BETA: simulation.true_beta,
+            TRUE_GAMMA: simulation.true_gamma,
+            TRUE_SWITCH: np.where((switch == switch[0]).all(axis=0), switch[0], np.nan),
+        },
+        index=[f"gene_{number}" for number in range(len(simulation.true_alpha))],
+    )
+    adata = AnnData(_measured(simulation.spliced), obs=obs, var=var, layers=_layers(simulation))
+    adata.uns[SIMULATION] = {"settings": _plain(simulation.settings), "seed": simulation.seed}
+    if len(switch) > 1:
+        adata.obs[LINEAGE] = pd.Categorical(simulation.lineage)
+        adata.varm[TRUE_ONSET], adata.varm[TRUE_SWITCH] = simulation.true_onset.T, switch.T
+    return adata
+
+
+def _layers(simulation: Simulation) -> dict[str, Any]:
+    layers = {SPLICED: _measured(simulation.spliced), UNSPLICED: _measured(simulation.unspliced)}
+    truth = {TRUE_U: simulation.true_u, TRUE_S: simulation.true_s, TRUE_VELOCITY: simulation.true_velocity}
+    if simulation.true_gene_t is not None:
+        truth[TRUE_TIME] = simulation.true_gene_t
+    return layers | {name: values.astype(np.float32) for name, values in truth.items()}
+
+
+def _measured(values: NDArray[Any]) -> Any:
+    return csr_matrix(values.astype(np.int32)) if np.issubdtype(values.dtype, np.integer) else values.astype(np.float32)
+
+
+def _plain(part: Any) -> Any:
+    """Settings as dictionaries, arrays and scalars, which every AnnData file format can hold."""
+    if is_dataclass(part):
+        return {"name": type(part).__name__} | {field.name: _plain(getattr(part, field.name)) for field in fields(part)}
+    return np.array(part) if isinstance(part, tuple) else part
