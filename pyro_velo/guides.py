@@ -1,0 +1,62 @@
+r"""The guide: an encoder that looks at a cell once and says where it stands, and a posterior of the rates.
+
+$q(z \mid u, s) = \mathcal{N}(\mu(u, s), \sigma(u, s))$, $q(\pi \mid z)$ from a decoder of z, $q(\text{rates})$ by a
+`RateGuide`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import nn
+
+from pyro_velo.batch import Batch
+from pyro_velo.models.base import Guide
+from pyro_velo.nn import Decoder, NormalEncoder
+from pyro_velo.rates import MeanField, RateGuide
+from pyro_velo.states import STATES
+
+
+@dataclass(frozen=True)
+class Amortized(Guide):
+    """The recipe: the posterior of the rates, and the size of the encoder and of the decoder of q(pi | z)."""
+
+    rates: RateGuide = field(default_factory=MeanField)
+    hidden: Sequence[int] = (128,)
+    hidden_states: Sequence[int] = (128,)
+
+    def __call__(self, program: nn.Module) -> AmortizedProgram:
+        """The guide of a velocity program."""
+        return AmortizedProgram(self, program)
+
+
+class AmortizedProgram(nn.Module):
+    """Rates, then z from the encoder, then the states from z."""
+
+    def __init__(self, recipe: Amortized, program: Any) -> None:
+        super().__init__()
+        n_genes, model = program.n_genes, program.recipe
+        self.states, self.n_genes = model.states, n_genes
+        self.encoder = NormalEncoder(2 * n_genes, model.n_latent, recipe.hidden)
+        self.state_decoder = Decoder(model.n_latent, n_genes, recipe.hidden_states, heads=len(STATES))
+        self.rates = recipe.rates(program)
+
+    def forward(self, batch: Batch) -> None:
+        """Draw every latent site of the model."""
+        # An autoguide opens the genes' plate itself; a second site of that name would be one too many.
+        with poutine.block(hide=["genes"]):
+            self.rates(batch)
+        pyro.module("encoder", self.encoder)
+        pyro.module("state_decoder", self.state_decoder)
+        genes = pyro.plate("genes", self.n_genes, dim=-1)
+        with pyro.plate("cells", batch.n_cells, subsample=batch.index, dim=-2):
+            loc, scale = self.encoder(torch.cat((batch.u, batch.s), -1))
+            z = pyro.sample("z", dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1))
+            with genes:
+                self.states.posterior(self.state_decoder(z.squeeze(-2)))

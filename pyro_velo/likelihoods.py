@@ -1,0 +1,93 @@
+r"""How what is measured of a molecule scatters around what the kinetics say, and the joint mixture over the four states.
+
+A new likelihood is one class: `parameters` names its per-gene parameters (each a site `{name}_{molecule}`, with the prior
+of that kind), `__call__` maps a mean and those parameters to a distribution.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor
+
+from pyro_velo.special import normal_log_density
+
+
+class Likelihood(ABC):
+    """The distribution of one molecule in one cell, given its mean."""
+
+    parameters: tuple[str, ...] = ()
+    """The per-gene parameters; each has a prior of the same name in `Priors`."""
+
+    @abstractmethod
+    def __call__(self, mean: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float = 1.0) -> TorchDistribution:
+        """p(x | mean): mean (..., G), parameters (G,), `scale` multiplies the spread (the model's c_k)."""
+
+
+class Normal(Likelihood):
+    r"""$x \sim \mathcal{N}(\bar x, (c_k\sigma)^2)$ on smoothed, min-max scaled layers (Gayoso et al. 2023, eq. 13)."""
+
+    parameters = ("noise",)
+
+    def __call__(self, mean: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float = 1.0) -> TorchDistribution:
+        """Normal of sd `scale * noise`."""
+        return QuickNormal(mean, parameters["noise"] * scale)
+
+
+class QuickNormal(dist.Normal):
+    """Pyro's Normal, its density taken in half the passes over memory."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density at `value`."""
+        return normal_log_density(value, self.loc, self.scale)
+
+
+class JointMixture(TorchDistribution):
+    r"""$p(u, s) = \sum_k w_k\, p(u \mid k)\, p(s \mid k)$: one state for both molecules.
+
+    `log_weights` (K, ..., G), `unspliced` and `spliced` of batch shape (K, ..., G), states leading; a value is (..., G, 2).
+    Weights that do not sum to one are taken as they are, so that a bound on the log-weights gives a bound on log p.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_rsample = False
+
+    def __init__(self, log_weights: Tensor, unspliced: TorchDistribution, spliced: TorchDistribution) -> None:
+        self.log_weights, self.unspliced, self.spliced = log_weights, unspliced, spliced
+        shape = torch.broadcast_shapes(log_weights.shape, unspliced.batch_shape, spliced.batch_shape)
+        super().__init__(shape[1:], torch.Size([2]), validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The molecules' own support, for (u, s) as one event."""
+        return constraints.independent(self.unspliced.support, 1)
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> JointMixture:
+        """The same mixture, broadcast to `batch_shape`."""
+        shape = self.log_weights.shape[:1] + torch.Size(batch_shape)
+        return JointMixture(self.log_weights.expand(shape), self.unspliced.expand(shape), self.spliced.expand(shape))
+
+    def log_joint(self, value: Tensor) -> Tensor:
+        """log w_k + log p(u | k) + log p(s | k) of each state: (K, ..., G)."""
+        u, s = value.unbind(-1)
+        return self.log_weights + self.unspliced.log_prob(u) + self.spliced.log_prob(s)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The mixture's log density, (..., G)."""
+        return self.log_joint(value).logsumexp(0)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """A state for each cell and gene, then both molecules in that state."""
+        state = dist.Categorical(logits=self.log_weights.movedim(0, -1)).expand(self.batch_shape).sample(sample_shape)
+        molecules = torch.stack((self.unspliced.sample(sample_shape), self.spliced.sample(sample_shape)), -1)
+        leading = len(sample_shape)
+        pick = state.unsqueeze(leading).unsqueeze(-1).expand(*sample_shape, 1, *self.batch_shape, 2)
+        return molecules.gather(leading, pick).squeeze(leading)
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {"normal": Normal}
+"""What the command line calls them."""
