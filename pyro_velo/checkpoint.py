@@ -1,0 +1,127 @@
+"""A run on disk: tensors in one safetensors file, everything else as JSON in its header; never a pickle.
+
+The file is written under a temporary name and renamed, so that what stands there is always one whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pyro_velo.errors import InputError
+from pyro_velo.schedule import Plateau
+from pyro_velo.train import History, Training, TrainSettings
+
+FILE = "checkpoint.safetensors"
+BESIDE = "checkpoint.json"
+FORMAT = 1
+
+
+def save(training: Training, folder: str | Path, *, about: dict[str, Any] | None = None) -> None:
+    """Write the state of a run to `folder` (made if missing), whole or not at all; `about` is any JSON to keep with it.
+
+    `checkpoint.json` beside it holds the same words, to read; only the safetensors file is read back.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, optimizer = _flatten(training)
+    header = {
+        "format": FORMAT,
+        "settings": asdict(training.settings),
+        "epoch": training.epoch,
+        "history": asdict(training.history),
+        "plateau": asdict(training.plateau),
+        "optimizer": optimizer,
+        "about": about or {},
+    }
+    text = json.dumps(header)
+    partial = folder / f".{FILE}.{os.getpid()}.partial"
+    try:
+        save_file(tensors, partial, metadata={"pyro_velo": text})
+        _rename(partial, folder / FILE)
+        partial.write_text(json.dumps({k: v for k, v in header.items() if k != "optimizer"}, indent=1))
+        _rename(partial, folder / BESIDE)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(folder: str | Path) -> tuple[Training, dict[str, Any]]:
+    """The state of a run, and what was said about it.
+
+    Raises InputError where there is no checkpoint, a damaged one, or one of another format.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise InputError(f"Expected a checkpoint at {path}; found none. Give the folder that --save was given.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("pyro_velo", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise InputError(f"{path} is not a checkpoint that can be read ({error}). Start again without --resume.") from error
+    if header.get("format") != FORMAT:
+        raise InputError(
+            f"Expected a checkpoint of format {FORMAT} at {path}; got {header.get('format')}. "
+            "Use the version of pyro_velo that wrote it, or start again without --resume."
+        )
+    known = {field.name for field in fields(TrainSettings)}
+    training = Training(
+        settings=TrainSettings(**{name: value for name, value in header["settings"].items() if name in known}),
+        epoch=header["epoch"],
+        history=History(**header["history"]),
+        plateau=Plateau(**header["plateau"]),
+        best=_part(tensors, "best"),
+        parameters=_part(tensors, "parameters"),
+        optimizer=_optimizer(header["optimizer"], tensors),
+    )
+    return training, header["about"]
+
+
+def _flatten(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors by a path, and the optimiser's state with its tensors taken out."""
+    tensors = {f"best/{name}": value.contiguous() for name, value in training.best.items()}
+    tensors |= {f"parameters/{name}": value.contiguous() for name, value in training.parameters.items()}
+    rest: dict[str, Any] = {}
+    for name, state in training.optimizer.items():
+        slots = state["state"].get(0, {})
+        tensors |= {f"optimizer/{slot}/{name}": v.contiguous() for slot, v in slots.items() if torch.is_tensor(v)}
+        rest[name] = {
+            "slots": {slot: value for slot, value in slots.items() if not torch.is_tensor(value)},
+            "groups": state["param_groups"],
+        }
+    return tensors, rest
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}/"): value for name, value in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def _optimizer(rest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The optimiser's state, its tensors put back."""
+    state: dict[str, Any] = {}
+    for name, parts in rest.items():
+        found = {slot: value for slot, value in parts["slots"].items()}
+        for slot in ("exp_avg", "exp_avg_sq"):
+            if f"optimizer/{slot}/{name}" in tensors:
+                found[slot] = tensors[f"optimizer/{slot}/{name}"]
+        groups = [{**group, "betas": tuple(group["betas"])} for group in parts["groups"]]
+        state[name] = {"state": {0: found} if found else {}, "param_groups": groups}
+    return state
+
+
+def _rename(partial: Path, path: Path) -> None:
+    """Put a finished file in its place: on the disk first, then renamed."""
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+

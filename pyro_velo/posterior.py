@@ -1,0 +1,208 @@
+r"""What the posterior says of every cell and gene, streamed: draws x batch x genes at a time, never draws x cells x genes.
+
+A draw takes the rates once for all cells, then z and pi of each cell from the guide. Given these, the state has the exact
+posterior $p(k \mid u, s) \propto \pi_k\, p(u \mid k)\, p(s \mid k)$.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyro import poutine
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_velo.batch import Batch, Cells
+from pyro_velo.errors import InputError
+from pyro_velo.models.velocity import RATES, Explained
+from pyro_velo.train import Fitted
+
+Array = NDArray[np.float32]
+OverStates = Literal["expected", "most likely"]
+
+DRAWS_BYTES = 256 * 2**20
+"""Memory for the draws of one batch; it sets how many cells are looked at together."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Summaries in the units of the model (scaled abundance, latent time in [0, 20]).
+
+    Cells x genes: `velocity` (mean), `velocity_sd`, `velocity_q05`, `velocity_q95`, `t`, `t_sd`, `u`, `s` (posterior mean
+    expression), `state` (most likely, 0 to 3). (4, cells, genes) is never kept; `state_use` (4, genes) is its mean.
+    Genes: `rates` and `rates_sd` by site name, `log_likelihood` (mean over cells). Cells: `z` (cells, d), `uncertainty`.
+    """
+
+    velocity: Array
+    velocity_sd: Array
+    velocity_q05: Array
+    velocity_q95: Array
+    t: Array
+    t_sd: Array
+    u: Array
+    s: Array
+    state: NDArray[np.uint8]
+    state_use: Array
+    rates: dict[str, Array]
+    rates_sd: dict[str, Array]
+    log_likelihood: Array
+    z: Array
+    uncertainty: Array
+
+
+class _Draws(NamedTuple):
+    """One batch: velocities and times of every draw (D, B, G), and running means of the rest."""
+
+    velocity: Tensor
+    t: Tensor
+    u: Tensor
+    s: Tensor
+    probability: Tensor
+    log_likelihood: Tensor
+    z: Tensor
+
+
+@torch.no_grad()
+def summarise(
+    fitted: Fitted,
+    cells: Cells,
+    *,
+    draws: int = 100,
+    over_states: OverStates = "expected",
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Posterior:
+    """Draw `draws` times from the guide for all `cells` and summarise.
+
+    `over_states`: each draw's velocity and time are the expectation over the four states, or those of the most likely one.
+
+    Raises InputError for fewer than two draws, which have no spread.
+    """
+    if draws < 2:
+        raise InputError(f"Expected 2 draws or more, because one has no spread; got {draws}. The default is 100.")
+    device = cells.molecules.device
+    size = max(1, min(1024, DRAWS_BYTES // (draws * cells.n_genes * cells.molecules.element_size() * 2)))
+    with fitted.parameters(), torch.random.fork_rng([device] if cells.molecules.is_cuda else []):
+        torch.manual_seed(seed)
+        rates = _draw_rates(fitted, cells, draws)
+        out = _Summary(len(cells), cells.n_genes)
+        bar = tqdm(total=len(cells), desc="posterior", unit="cell", disable=None if progress is None else not progress)
+        with bar:
+            for batch in cells.batches(torch.arange(len(cells), device=device), size):
+                out.add(batch.index.cpu().numpy(), _draw_batch(fitted, batch, rates, over_states))
+                bar.update(len(batch.index))
+    return out.finish(rates)
+
+
+def _draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tensor]]:
+    """Every draw's gene-level values, which all cells share."""
+    batch = cells.batch(torch.arange(1, device=cells.molecules.device))
+    taken = []
+    for _ in range(draws):
+        trace = poutine.trace(fitted.guide).get_trace(batch)
+        shared = {
+            name: site["value"]
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and {frame.name for frame in site["cond_indep_stack"]} == {"genes"}
+        }
+        taken.append(shared)
+    return taken
+
+
+def _draw_batch(fitted: Fitted, batch: Batch, rates: list[dict[str, Tensor]], over_states: OverStates) -> _Draws:
+    """Every draw for one batch."""
+    shape = (len(rates), len(batch.index), batch.u.shape[-1])
+    velocity, t = batch.u.new_empty(shape), batch.u.new_empty(shape)
+    sums: list[Tensor] | None = None
+    for i, shared in enumerate(rates):
+        values = _values(fitted, batch, shared)
+        explained: Explained = fitted.program.explain(values, batch)
+        log_likelihood = explained.log_joint.logsumexp(0)
+        probability = (explained.log_joint - log_likelihood).exp_()
+        weights = probability if over_states == "expected" else _one_hot(probability)
+        velocity[i] = (weights * explained.velocity).sum(0)
+        t[i] = (weights * explained.t).sum(0)
+        u, s = ((weights * mean).sum(0) for mean in explained.means)
+        parts = [u, s, probability, log_likelihood, values["z"].squeeze(-2)]
+        sums = parts if sums is None else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
+    assert sums is not None
+    return _Draws(velocity, t, *(total / len(rates) for total in sums))
+
+
+def _values(fitted: Fitted, batch: Batch, shared: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A draw of the cells' sites, the gene-level ones given."""
+    trace = poutine.trace(poutine.condition(fitted.guide, data=shared)).get_trace(batch)
+    return {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
+
+
+def _one_hot(probability: Tensor) -> Tensor:
+    return torch.zeros_like(probability).scatter_(0, probability.argmax(0, keepdim=True), 1.0)
+
+
+class _Summary:
+    """The arrays of a `Posterior`, filled batch by batch."""
+
+    def __init__(self, n_cells: int, n_genes: int) -> None:
+        names = ("velocity", "velocity_sd", "velocity_q05", "velocity_q95", "t", "t_sd", "u", "s")
+        self.layers = {name: np.empty((n_cells, n_genes), np.float32) for name in names}
+        self.state = np.empty((n_cells, n_genes), np.uint8)
+        self.state_use = np.zeros((4, n_genes), np.float64)
+        self.log_likelihood = np.zeros(n_genes, np.float64)
+        self.uncertainty = np.empty(n_cells, np.float32)
+        self.z: dict[int, NDArray] = {}
+
+    def add(self, index: NDArray, draws: _Draws) -> None:
+        """Summarise the draws of the cells at `index`."""
+        low, high = quantiles(draws.velocity, (0.05, 0.95))
+        summaries = (
+            draws.velocity.mean(0), draws.velocity.std(0), low, high, draws.t.mean(0), draws.t.std(0), draws.u, draws.s,
+        )  # fmt: skip
+        for layer, value in zip(self.layers.values(), summaries, strict=True):
+            layer[index] = value.cpu().numpy()
+        self.state[index] = draws.probability.argmax(0).cpu().numpy()
+        self.state_use += draws.probability.sum(1).double().cpu().numpy()
+        self.log_likelihood += draws.log_likelihood.sum(0).double().cpu().numpy()
+        self.uncertainty[index] = directional_uncertainty(draws.velocity).cpu().numpy()
+        self.z[int(index[0])] = draws.z.cpu().numpy()
+
+    def finish(self, rates: list[dict[str, Tensor]]) -> Posterior:
+        """The summaries of all cells, with those of the rates."""
+        n_cells = len(self.state)
+        stacked = {name: torch.stack([draw[name] for draw in rates]) for name in rates[0] if _is_rate(name, rates[0])}
+        return Posterior(
+            **self.layers,
+            state=self.state,
+            state_use=(self.state_use / n_cells).astype(np.float32),
+            rates={name: value.mean(0).cpu().numpy() for name, value in stacked.items()},
+            rates_sd={name: value.std(0).cpu().numpy() for name, value in stacked.items()},
+            log_likelihood=(self.log_likelihood / n_cells).astype(np.float32),
+            z=np.concatenate([self.z[key] for key in sorted(self.z)]),
+            uncertainty=self.uncertainty,
+        )
+
+
+def _is_rate(name: str, draw: dict[str, Tensor]) -> bool:
+    """Autoguides keep an unconstrained twin of every site; it is not reported."""
+    return name in RATES or (not name.endswith("_unconstrained") and draw[name].ndim == 1)
+
+
+def quantiles(draws: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """Quantiles over the leading axis, linearly interpolated, from one sort: (D, ...) to one (...) a level."""
+    ordered = draws.sort(0).values
+    last = len(draws) - 1
+    found = []
+    for level in levels:
+        below = int(level * last)
+        above = min(below + 1, last)
+        found.append(torch.lerp(ordered[below], ordered[above], level * last - below))
+    return tuple(found)
+
+
+def directional_uncertainty(velocity: Tensor) -> Tensor:
+    """Variance over draws of the cosine between a draw's velocity and the mean draw: (D, B, G) to (B,)."""
+    mean = velocity.mean(0)
+    return torch.nn.functional.cosine_similarity(velocity, mean, dim=-1).var(0)

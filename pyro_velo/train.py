@@ -1,0 +1,352 @@
+"""Stochastic variational inference: one loop for every model and guide of the package.
+
+The loop is `pyro.infer.SVI` with `ClippedAdam` in a param store of its own. Each epoch draws its permutation and its noise
+from (seed, epoch), so that a run that goes on from a checkpoint is, to the bit, the run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, SVI, Trace_ELBO
+from pyro.infer.util import zero_grads
+from pyro.optim import ClippedAdam
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_velo.batch import Batch, Cells
+from pyro_velo.errors import InputError
+from pyro_velo.forensics import NonFiniteError, blame
+from pyro_velo.models.base import Model
+from pyro_velo.schedule import Plateau, Warmup
+
+Guide = Callable[[nn.Module], Any]
+OnEvaluation = Callable[["Training"], None]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How the fit is run. The defaults stand here and nowhere else.
+
+    Attributes:
+        max_epochs: passes over the training cells; None: as many as make `max_steps` steps.
+        max_steps: gradient steps, where `max_epochs` is None.
+        batch_size: cells a step, at most; an epoch's batches are of equal size within one cell.
+        learning_rate: of ClippedAdam, until it is dropped tenfold.
+        clip: the bound on each element of the gradient of the loss per cell.
+        warmup: the share of the epochs in which the weight of the KL rises to 1.
+        drop: the share of the epochs after which the learning rate is dropped, at the latest.
+        held_out: the share of cells that are never trained on.
+        patience: held-out evaluations without improvement before the learning rate drops, and again before the fit ends.
+        evaluate_steps: steps between held-out evaluations, rounded to whole epochs.
+        seed: of every random number.
+    """
+
+    max_epochs: int | None = None
+    max_steps: int = 2500
+    batch_size: int = 256
+    learning_rate: float = 1e-2
+    clip: float = 10.0
+    warmup: float = 0.3
+    drop: float = 0.7
+    held_out: float = 0.1
+    patience: int = 15
+    evaluate_steps: int = 25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no fit can be run with."""
+        epochs = () if self.max_epochs is None else ("max_epochs",)
+        for name in (*epochs, "max_steps", "batch_size", "patience", "evaluate_steps"):
+            self._require(name, "of 1 or more", getattr(self, name) >= 1)
+        for name in ("learning_rate", "clip"):
+            self._require(name, "above 0", getattr(self, name) > 0)
+        for name in ("warmup", "drop"):
+            self._require(name, "in [0, 1]", 0 <= getattr(self, name) <= 1)
+        self._require("held_out", "in [0, 1)", 0 <= self.held_out < 1)
+        self._require("seed", "of 0 or more", self.seed >= 0)
+
+    def _require(self, name: str, expected: str, holds: bool) -> None:
+        if not holds:
+            raise InputError(f"Expected {name} {expected}; got {getattr(self, name)}. Leave it out for the default.")
+
+
+@dataclass
+class History:
+    """The ELBO per cell by epoch: `train`, the mean of its steps, and `held_out`, NaN where it was not evaluated.
+
+    `held_out` is at KL weight 1 without penalties; `train` is the objective that was climbed, at the weight `kl_weight`.
+    """
+
+    epoch: list[int] = field(default_factory=list)
+    train: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+    kl_weight: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Training:
+    """The state of a run after a look at the held-out cells: all that a checkpoint holds."""
+
+    settings: TrainSettings
+    epoch: int = 0
+    history: History = field(default_factory=History)
+    plateau: Plateau = field(default_factory=Plateau)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, dict] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model and guide, with the param store that is theirs alone."""
+
+    program: Any
+    guide: Any
+    store: dict
+    training: Training
+    interrupted: bool = False
+
+    @contextmanager
+    def parameters(self) -> Iterator[None]:
+        """Within it, Pyro sees this fit's parameters, and no others."""
+        with pyro.get_param_store().scope(self.store):
+            yield
+
+
+def per_cell(program: Callable, n_cells: int) -> Callable:
+    """The program with its log-density divided by the number of cells, so that losses and gradients have one scale."""
+    return poutine.scale(program, scale=1 / n_cells)
+
+
+def split(n_cells: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the training and of the held-out cells; two to train on at least."""
+    order = torch.randperm(n_cells, generator=torch.Generator().manual_seed(seed))
+    n_held = max(0, min(round(held_out * n_cells), n_cells - 2))
+    return order[n_held:], order[:n_held]
+
+
+def train(
+    model: Model,
+    guide: Guide,
+    cells: Cells,
+    *,
+    settings: TrainSettings | None = None,
+    elbo: ELBO | None = None,
+    resume: Training | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    progress: bool | None = None,
+) -> Fitted:
+    """Fit `guide` to `model` on `cells` and return it with the best parameters that the held-out ELBO saw.
+
+    `resume` goes on from a run's state, which stays as it is; `on_evaluation` is called with that state after every look
+    at the held-out cells (to save it); `progress` shows a bar (None: where stderr is a terminal). Ctrl-C ends the fit,
+    with the best parameters so far and the state of the last such look.
+
+    Raises `NonFiniteError`, naming step, site and gene, where the loss or a gradient is not finite.
+    """
+    settings = settings or (resume.settings if resume else TrainSettings())
+    with _apart(cells, settings.seed) as store:
+        program = model.build(cells)
+        loop = _Loop(program, guide(program), cells, settings, elbo or Trace_ELBO(), resume)
+        interrupted = loop.run(on_evaluation, progress)
+    return Fitted(program, loop.guide, store, loop.state, interrupted)
+
+
+def restore(model: Model, guide: Guide, cells: Cells, training: Training) -> Fitted:
+    """What `train` returned when it left `training`, to the bit; nothing is trained.
+
+    Raises `InputError` for the state of another model, guide or number of genes.
+    """
+    with _apart(cells, training.settings.seed) as store:
+        program = model.build(cells)
+        loop = _Loop(program, guide(program), cells, training.settings, Trace_ELBO(), training)
+        load_parameters(training.best)
+    return Fitted(program, loop.guide, store, loop.state)
+
+
+@contextmanager
+def _apart(cells: Cells, seed: int) -> Iterator[dict]:
+    """A param store, random numbers from `seed` and no validation, all of which end with it; yields the store's state."""
+    with pyro.get_param_store().scope() as store, _own_noise(cells, seed), pyro.validation_enabled(False):
+        yield store
+
+
+@contextmanager
+def _own_noise(cells: Cells, seed: int) -> Iterator[None]:
+    """Random numbers from `seed`; afterwards, the generators of the devices in use go on as if nothing had been drawn."""
+    with torch.random.fork_rng([cells.molecules.device] if cells.molecules.is_cuda else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Loop:
+    """One run of SVI: what an epoch is, and what is kept of it."""
+
+    def __init__(
+        self, program: nn.Module, guide: Any, cells: Cells, settings: TrainSettings, elbo: ELBO, resume: Training | None
+    ) -> None:
+        self.program, self.guide, self.cells, self.settings = program, guide, cells, settings
+        self.train_index, self.held_index = split(len(cells), settings.held_out, settings.seed)
+        self.n_train = len(self.train_index)
+        self.n_batches = max(1, math.ceil(self.n_train / settings.batch_size))
+        self.epochs = settings.max_epochs or math.ceil(settings.max_steps / self.n_batches)
+        self.evaluate_every = max(1, round(settings.evaluate_steps / self.n_batches))
+        self.warmup = Warmup(round(settings.warmup * self.epochs) * self.n_batches)
+        self.optimizer = ClippedAdam({"lr": settings.learning_rate, "clip_norm": settings.clip})
+        self.svi = SVI(per_cell(program, self.n_train), per_cell(guide, self.n_train), self.optimizer, elbo)
+        # A copy: the run that is gone on with may be gone on with again.
+        self.state = deepcopy(resume) if resume else Training(settings, plateau=Plateau(patience=settings.patience))
+        self.state.settings = settings
+        self._create_parameters()
+
+    def run(self, on_evaluation: OnEvaluation | None, progress: bool | None) -> bool:
+        """Every epoch that is left; whether Ctrl-C ended it. The best parameters are in place afterwards."""
+        state, kept, interrupted = self.state, deepcopy(self.state), False
+        bar = tqdm(total=self.epochs, initial=state.epoch, desc="fit", unit="epoch", disable=_hidden(progress))
+        try:
+            while state.epoch < self.epochs and not state.plateau.finished:
+                evaluated = self._epoch()
+                bar.update()
+                bar.set_postfix_str(_elbos(state.history), refresh=False)
+                if evaluated:
+                    kept = self._snapshot()
+                    if on_evaluation is not None:
+                        on_evaluation(kept)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            bar.close()
+        # The last epoch is evaluated; only Ctrl-C leaves steps behind, and those are forgotten, or it could not go on.
+        self.state = kept
+        load_parameters(kept.best)
+        return interrupted
+
+    def _create_parameters(self) -> None:
+        """Run one batch, because guides create parameters lazily; then put the parameters of a resumed run in place."""
+        batch = self.cells.batch(self._on_device(self.train_index[: self.settings.batch_size]), self.n_train)
+        with torch.no_grad():
+            self.svi.loss(self.svi.model, self.svi.guide, batch)
+        if self.state.parameters:
+            load_parameters(self.state.parameters)
+            self.optimizer.set_state(deepcopy(self.state.optimizer))
+        else:
+            self.state.best = self.state.parameters = parameters()
+
+    def _epoch(self) -> bool:
+        """Pass once over the training cells, then look at the held-out ones if it is time; whether it was."""
+        state, epoch = self.state, self.state.epoch
+        torch.manual_seed(_seed(self.settings.seed, epoch))
+        order = self._on_device(self.train_index[torch.randperm(self.n_train)])
+        step, total = epoch * self.n_batches, 0.0
+        for i, index in enumerate(order.tensor_split(self.n_batches)):
+            with self.warmup.at(step + i):
+                total += self._step(self.cells.batch(index, self.n_train), step + i)
+        state.epoch += 1
+        last = state.epoch == self.epochs
+        evaluated = last or state.epoch % self.evaluate_every == 0
+        held_out = self._held_out(step + self.n_batches) if evaluated else math.nan
+        self._note(-total / self.n_batches, held_out, self.warmup.weight(step))
+        return evaluated
+
+    def _step(self, batch: Batch, step: int) -> float:
+        """One gradient step, as in `SVI.step`, with a look at the gradients before they are used."""
+        before = torch.get_rng_state()
+        with poutine.trace(param_only=True) as capture:
+            loss = self.svi.loss_and_grads(self.svi.model, self.svi.guide, batch)
+        values = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+        norm = nn.utils.get_total_norm([v.grad for v in values.values() if v.grad is not None])
+        if not math.isfinite(loss) or not math.isfinite(norm.item()):
+            torch.set_rng_state(before)
+            raise NonFiniteError(blame(self.svi.model, self.svi.guide, batch, values), step=step)
+        self.optimizer(values.values())
+        zero_grads(values.values())
+        return float(loss)
+
+    def _held_out(self, step: int) -> float:
+        """The ELBO per held-out cell at weight 1, with the same noise every time, so that epochs can be compared."""
+        index, total = self.held_index if len(self.held_index) else self.train_index, 0.0
+        with _own_noise(self.cells, self.settings.seed), self.warmup.done(), torch.no_grad():
+            for batch in self.cells.batches(self._on_device(index), self.settings.batch_size, self.n_train):
+                loss = self.svi.loss(self.svi.model, self.svi.guide, batch)
+                if not math.isfinite(loss):
+                    raise NonFiniteError(blame(self.svi.model, self.svi.guide, batch, {}), step=step)
+                total += len(batch.index) * loss
+        return -total / len(index)
+
+    def _note(self, train_elbo: float, held_out: float, kl_weight: float) -> None:
+        """Write the epoch down, keep the parameters if they are the best, and drop the learning rate when it is time."""
+        state, history = self.state, self.state.history
+        history.epoch.append(state.epoch)
+        history.train.append(train_elbo)
+        history.held_out.append(held_out)
+        history.kl_weight.append(kl_weight)
+        # While the KL weight rises, another bound is climbed than the one that is compared.
+        warm = state.epoch * self.n_batches >= self.warmup.steps
+        if not math.isnan(held_out) and state.plateau.improves(held_out, warm=warm):
+            state.best = parameters()
+        if state.plateau.lower_rate(due=state.epoch >= self.settings.drop * self.epochs):
+            for optimizer in self.optimizer.optim_objs.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = self.settings.learning_rate / 10
+
+    def _snapshot(self) -> Training:
+        """The state as it is now, which further steps leave alone."""
+        state = self.state
+        history = History(*(list(column) for column in vars(state.history).values()))
+        optimizer = deepcopy(self.optimizer.get_state())
+        return replace(
+            state, history=history, plateau=replace(state.plateau), parameters=parameters(), optimizer=optimizer
+        )
+
+    def _on_device(self, index: Tensor) -> Tensor:
+        return index.to(self.cells.molecules.device)
+
+
+def parameters() -> dict[str, Tensor]:
+    """Copies of the unconstrained parameters in the current param store, by name."""
+    store = pyro.get_param_store()
+    return {name: store[name].unconstrained().detach().clone() for name in store.keys()}
+
+
+def load_parameters(values: dict[str, Tensor]) -> None:
+    """Write unconstrained values into the parameters of the current param store, in place."""
+    store = pyro.get_param_store()
+    if set(values) != set(store.keys()):
+        missing, extra = sorted(set(store.keys()) - set(values)), sorted(set(values) - set(store.keys()))
+        raise InputError(
+            f"Expected the parameters of this model and guide; missing {missing[:3]}, unknown {extra[:3]}. "
+            "Load them with the model and guide that were saved."
+        )
+    with torch.no_grad():
+        for name, value in values.items():
+            target = store[name].unconstrained()
+            if target.shape != value.shape:
+                raise InputError(
+                    f"Expected parameter {name!r} of shape {tuple(target.shape)}; got {tuple(value.shape)}. "
+                    "Load it for the genes and the network sizes that were saved."
+                )
+            target.copy_(value)
+
+
+def _seed(seed: int, epoch: int) -> int:
+    """A seed of its own for every epoch: a resumed run needs no generator state."""
+    return int(torch.randint(2**62, (epoch + 1,), generator=torch.Generator().manual_seed(seed))[-1])
+
+
+def _hidden(progress: bool | None) -> bool | None:
+    return None if progress is None else not progress
+
+
+def _elbos(history: History) -> str:
+    seen = [value for value in history.held_out if not math.isnan(value)]
+    held_out = f"{seen[-1]:.2f}" if seen else "-"
+    return f"ELBO per cell: train {history.train[-1]:.2f}, held-out {held_out}"
