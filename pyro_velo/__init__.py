@@ -1,0 +1,82 @@
+"""Bayesian RNA velocity as a Pyro program.
+
+>>> import pyro_velo as pv
+>>> pv.Priors().concentration
+0.25
+
+Every name is imported on first use, so that `import pyro_velo` costs nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from pyro_velo.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from pyro_velo import embedding as embedding
+    from pyro_velo import guides as guides
+    from pyro_velo import initial as initial
+    from pyro_velo import kinetics as kinetics
+    from pyro_velo import likelihoods as likelihoods
+    from pyro_velo import metrics as metrics
+    from pyro_velo import plots as pl
+    from pyro_velo import preprocess as pp
+    from pyro_velo import rates as rates
+    from pyro_velo import simulate as simulate
+    from pyro_velo import states as states
+    from pyro_velo.api import project as project
+    from pyro_velo.api import score as score
+    from pyro_velo.data import read as read
+    from pyro_velo.data import to_anndata as to_anndata
+    from pyro_velo.data.bridge import velocity_data as velocity_data
+    from pyro_velo.errors import InputError as InputError
+    from pyro_velo.fitting import Fit as Fit
+    from pyro_velo.fitting import fit as fit
+    from pyro_velo.fitting import load as load
+    from pyro_velo.models.velocity import SwitchPenalty as SwitchPenalty
+    from pyro_velo.models.velocity import VelocityModel as VelocityModel
+    from pyro_velo.priors import Centered as Centered
+    from pyro_velo.priors import Priors as Priors
+    from pyro_velo.report import report as report
+    from pyro_velo.train import TrainSettings as TrainSettings
+
+_MODULES = {"pl": "plots", "pp": "preprocess"} | {
+    name: name
+    for name in ("embedding", "guides", "initial", "kinetics", "likelihoods", "metrics", "rates", "simulate", "states")
+}
+_NAMES = {
+    "project": "api",
+    "score": "api",
+    "read": "data",
+    "to_anndata": "data",
+    "velocity_data": "data.bridge",
+    "InputError": "errors",
+    "Fit": "fitting",
+    "fit": "fitting",
+    "load": "fitting",
+    "SwitchPenalty": "models.velocity",
+    "VelocityModel": "models.velocity",
+    "Centered": "priors",
+    "Priors": "priors",
+    "report": "report",
+    "TrainSettings": "train",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, from the module that defines it, imported now (PEP 562)."""
+    if name in _MODULES:
+        return import_module(f"{__name__}.{_MODULES[name]}")
+    if name in _NAMES:
+        value = getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+        # Importing a module sets it as an attribute here, which must not shadow the function of the same name.
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({"__version__", *_MODULES, *_NAMES})

@@ -1,0 +1,195 @@
+"""What each command does, from file to file."""
+
+from __future__ import annotations
+
+import json as json_format
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pyro_velo import embedding, metrics, preprocess, simulate
+from pyro_velo.data import (
+    check_known,
+    check_output,
+    check_output_keys,
+    check_writable,
+    checked_basis,
+    checked_labels,
+    read,
+    to_anndata,
+    whole,
+    write_whole,
+)
+from pyro_velo.data import anndata_keys as keys
+from pyro_velo.data.bridge import velocity_data
+from pyro_velo.errors import InputError
+from pyro_velo.fitting import fit
+from pyro_velo.models.velocity import VelocityModel
+from pyro_velo.options import BASIS, COLOR, FitOptions
+from pyro_velo.report import report
+from pyro_velo.train import TrainSettings
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+DEMO_CELLS, DEMO_GENES = 1000, 100
+
+
+def fit_file(path: Path, output: Path, options: FitOptions) -> None:
+    """Read, prepare, fit, and write the AnnData and the report; every check that can be made is made before the fit."""
+    check_output(output, options.overwrite, source=path)
+    if options.report is not None:
+        check_output(options.report, options.overwrite, source=path, formats=(".html",))
+    device = _device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    adata = read(path)
+    check_output_keys(adata, overwrite=options.overwrite)
+    check_writable(adata)
+    fit_adata(adata, options, device)
+    write_whole(adata, output, options.overwrite)
+    if options.report is not None:
+        report(adata, options.report)
+
+
+def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> None:
+    """Prepare `adata` (unless as it is), fit the default model, write the results into it and project the velocity."""
+    if not options.as_is:
+        _rename_layers(adata, options)
+        preprocess.prepare(adata, preprocess.PrepareSettings(seed=options.seed))
+        data = velocity_data(adata, device=device)
+    else:
+        names = {"spliced": options.spliced_layer, "unspliced": options.unspliced_layer}
+        data = velocity_data(adata, as_is=True, device=device, **names)
+    given = {"max_epochs": options.max_epochs, "batch_size": options.batch_size}
+    settings = replace(TrainSettings(), **{name: value for name, value in given.items() if value is not None})
+    fitted = fit(
+        VelocityModel(), None, adata, seed=options.seed, settings=settings, data=data,
+        save=options.save, resume=options.resume,
+    )  # fmt: skip
+    fitted.write(adata, draws=options.draws, overwrite=options.overwrite)
+    for basis in _bases(adata):
+        project(adata, basis)
+
+
+def project(adata: AnnData, basis: str = BASIS) -> None:
+    """Write the velocity on an embedding to `obsm['velocity_<basis>']`, beside `obsm['X_<basis>']`.
+
+    Raises InputError for an embedding, a velocity or a neighbour graph that is not there.
+    """
+    graph, velocity, expression = _flow(adata)
+    transitions = embedding.transition_matrix(velocity, expression, graph)
+    arrows = embedding.project(transitions, checked_basis(adata, basis))
+    adata.obsm[keys.velocity_embedding(basis)] = arrows
+
+
+def simulate_file(
+    output: Path, *, cells: int, genes: int, seed: int, likelihood: str, stationary: bool, overwrite: bool
+) -> None:
+    """Simulate and write the AnnData, the truth in it."""
+    check_output(output, overwrite)
+    settings = simulate.Settings(noise=simulate.NOISES[likelihood](), stationary=stationary)
+    write_whole(to_anndata(simulate.simulate(cells, genes, settings=settings, seed=seed)), output, overwrite)
+
+
+def report_file(path: Path, output: Path, *, basis: str, color: str, overwrite: bool) -> None:
+    """Write the report of a fit that is in an AnnData."""
+    check_output(output, overwrite, source=path, formats=(".html",))
+    adata = read(path)
+    report(adata, output, basis=basis, color=None if color == COLOR and color not in adata.obs else color)
+
+
+def score_file(
+    path: Path, clusters: str, edges: list[tuple[str, str]], *, basis: str = BASIS, json: Path | None = None
+) -> dict[str, Any]:
+    """CBDir on the embedding and in Ms space, ICCoh and confidence of a fit; written to `json` too, if given."""
+    if json is not None:
+        check_output(json, source=path, formats=())
+    scores = score(read(path), clusters, edges, basis=basis)
+    if json is not None:
+        with whole(json, formats=()) as partial:
+            partial.write_text(json_format.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def score(adata: AnnData, clusters: str, edges: list[tuple[str, str]], *, basis: str = BASIS) -> dict[str, Any]:
+    """The scores of `adata`'s velocity against known transitions between the clusters in `obs[clusters]`.
+
+    Ms space and coherence are taken with each gene in units of its range, as the peers' figures are; see `metrics` for the
+    definitions. An edge without cells at its boundary is null and not part of the mean.
+    """
+    labels = checked_labels(adata, clusters)
+    for name in {name for edge in edges for name in edge}:
+        check_known(name, sorted(set(labels)), f"obs[{clusters!r}]")
+    graph, velocity, expression = _flow(adata)
+    positions = checked_basis(adata, basis)
+    arrows = adata.obsm.get(keys.velocity_embedding(basis))
+    if arrows is None:
+        arrows = embedding.project(embedding.transition_matrix(velocity, expression, graph), positions)
+    on_basis = metrics.cross_boundary_direction(arrows, positions, graph, labels, edges)
+    in_ms = metrics.cross_boundary_direction(velocity, expression, graph, labels, edges)
+    return {
+        f"cbdir_{basis}": _number(on_basis.mean),
+        "cbdir_ms": _number(in_ms.mean),
+        "iccoh": _number(metrics.in_cluster_coherence(velocity, graph, labels).mean),
+        "confidence": _number(float(np.nanmean(metrics.confidence(velocity, graph)))),
+        "edges": [
+            {"from": a, "to": b, f"cbdir_{basis}": _number(on_basis.each[a, b]), "cbdir_ms": _number(in_ms.each[a, b])}
+            for a, b in edges
+        ],
+    }
+
+
+def demo(folder: Path) -> None:
+    """Simulate, fit and report in `folder`, which is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source, output, page = (folder / name for name in ("simulated.h5ad", "fitted.h5ad", "report.html"))
+    noise = simulate.NOISES["poisson"]()
+    settings = simulate.Settings(noise=noise, lineages=simulate.Lineages(count=2))
+    simulation = simulate.simulate(DEMO_CELLS, DEMO_GENES, settings=settings, seed=0)
+    adata = to_anndata(simulation)
+    adata.obs[COLOR] = adata.obs["lineage"]
+    write_whole(adata, source, overwrite=True)
+    fit_file(source, output, FitOptions(report=page, overwrite=True))
+
+
+def _rename_layers(adata: AnnData, options: FitOptions) -> None:
+    """Put the named layers where preprocessing looks for them."""
+    for name, chosen in ((keys.SPLICED, options.spliced_layer), (keys.UNSPLICED, options.unspliced_layer)):
+        if chosen is not None and chosen != name:
+            check_known(chosen, list(adata.layers), "layers")
+            adata.layers[name] = adata.layers[chosen]
+
+
+def _flow(adata: AnnData) -> tuple[Any, Any, Any]:
+    """Neighbour graph, and the velocity and expression of the fitted genes in units of each gene's range."""
+    if keys.VELOCITY not in adata.layers:
+        raise InputError(f"Layer {keys.VELOCITY!r} is missing; expected a fit. Run pyro-velo fit first.")
+    if "distances" not in adata.obsp:
+        raise InputError("obsp['distances'] is missing; expected a neighbour graph. Run scanpy.pp.neighbors(adata) first.")
+    layer = keys.MS if keys.MS in adata.layers else keys.SPLICED
+    velocity, expression = embedding.in_units_of_range(adata.layers[keys.VELOCITY], adata.layers[layer])
+    return adata.obsp["distances"], velocity, expression
+
+
+def _bases(adata: AnnData) -> list[str]:
+    """The embeddings that a velocity can be projected on: any two-dimensional X_... but those that the model made."""
+    if "distances" not in adata.obsp:
+        return []
+    named = [key.removeprefix("X_") for key in adata.obsm if key.startswith("X_") and key != keys.LATENT]
+    return [basis for basis in named if adata.obsm[f"X_{basis}"].shape[1] == 2]
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 4)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("Expected a CUDA device; torch sees none. Use --device cpu, or install a CUDA build of torch.")
+    return name

@@ -1,0 +1,197 @@
+"""The command line: options in, one call of `pyro_velo.api`, and one line on stderr where the input is at fault.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyro_velo.errors import InputError
+from pyro_velo.options import BASIS, COLOR, DEMO_FOLDER, Counts, Device, FitOptions
+from pyro_velo.version import __version__
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+Data = Annotated[
+    Path, typer.Argument(metavar="IN", exists=True, help="Spliced and unspliced counts: a file or folder.")
+]
+Result = Annotated[Path, typer.Argument(metavar="OUT.h5ad", exists=True, help="What `pyro-velo fit` wrote.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random number.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the way.")]
+Basis = Annotated[str, typer.Option(help="The embedding, as in obsm['X_umap'].")]
+
+
+def version(show: bool) -> None:
+    """Print the version and stop, where `--version` asks for it."""
+    if show:
+        typer.echo(f"pyro-velo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Bayesian RNA velocity: from spliced and unspliced counts to velocities with their uncertainty."""
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where it goes.")] = DEMO_FOLDER,
+) -> None:
+    """Simulate, fit and report, to see it work.
+
+    Under two minutes on two cores.
+    """
+    from pyro_velo import api
+
+    api.demo(folder)
+    typer.echo(f"Wrote {folder}")
+
+
+@app.command()
+def simulate(
+    output: Annotated[Path, typer.Argument(metavar="OUT.h5ad", help="The AnnData to write, the truth in it.")],
+    cells: Annotated[int, typer.Option(min=1, help="Number of cells.")],
+    genes: Annotated[int, typer.Option(min=1, help="Number of genes.")],
+    seed: Seed,
+    likelihood: Annotated[Counts, typer.Option(help="Noise: Normal, or counts with library sizes.")] = "normal",
+    stationary: Annotated[bool, typer.Option("--stationary", help="No dynamics at all: a null.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Simulate spliced and unspliced RNA from known kinetics."""
+    from pyro_velo import api
+
+    api.simulate_file(
+        output, cells=cells, genes=genes, seed=seed, likelihood=likelihood, stationary=stationary, overwrite=overwrite
+    )
+    typer.echo(f"Wrote {output}")
+
+
+@app.command()
+def fit(
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.h5ad", help="The AnnData to write.")],
+    as_is: Annotated[bool, typer.Option("--as-is", help="Fit the two layers as they stand: no preprocessing.")] = False,
+    spliced_layer: Annotated[str | None, typer.Option(metavar="L", help="Default: spliced, or mature.")] = None,
+    unspliced_layer: Annotated[str | None, typer.Option(metavar="L", help="Default: unspliced, or nascent.")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Posterior draws.")] = FitOptions.draws,
+    max_epochs: Annotated[int | None, typer.Option(min=1, help="Default: that of TrainSettings.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Cells a step. Default: that of TrainSettings.")] = None,
+    seed: Seed = FitOptions.seed,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
+    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = FitOptions.device,
+    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep checkpoints and the fit here.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", exists=True, help="Go on from a checkpoint.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report as well.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit velocities, times and rates with their uncertainty."""
+    from pyro_velo import api
+
+    options = FitOptions(
+        as_is=as_is,
+        spliced_layer=spliced_layer,
+        unspliced_layer=unspliced_layer,
+        draws=draws,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        seed=seed,
+        threads=threads,
+        device=device,
+        save=save,
+        resume=resume,
+        report=report,
+        overwrite=overwrite,
+    )
+    api.fit_file(data, output, options)
+    typer.echo(f"Wrote {output}" if report is None else f"Wrote {output} and {report}")
+
+
+@app.command()
+def report(
+    result: Result,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The HTML file to write.")],
+    basis: Basis = BASIS,
+    color: Annotated[str, typer.Option(help="The obs column that colours the cells.")] = COLOR,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write one self-contained HTML file about a fit."""
+    from pyro_velo import api
+
+    api.report_file(result, output, basis=basis, color=color, overwrite=overwrite)
+    typer.echo(f"Wrote {output}")
+
+
+@app.command()
+def score(
+    result: Result,
+    clusters: Annotated[str, typer.Option(metavar="KEY", help="The obs column with the clusters.")],
+    edges: Annotated[str, typer.Option(metavar='"A>B,C>D"', help="What becomes what; A>B,>C is A>B,A>C.")],
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores here too.")] = None,
+    basis: Basis = BASIS,
+) -> None:
+    """Score a fit against known transitions.
+
+    CBDir in the embedding and in Ms space, ICCoh, and confidence.
+    """
+    pairs = parse_edges(edges)
+    from pyro_velo import api
+
+    scores = api.score_file(result, clusters, pairs, basis=basis, json=json_file)
+    typer.echo(json.dumps(scores, indent=2))
+
+
+def parse_edges(text: str) -> list[tuple[str, str]]:
+    """The (source, target) pairs in "A>B,C>D"; a target alone goes on from the source before it.
+
+    Names may hold spaces, but neither `>` nor `,`. Raises `InputError` where an edge can't be read.
+
+    >>> parse_edges("Pre-endocrine>Alpha, >Beta, Ngn3 high EP>Pre-endocrine")
+    [('Pre-endocrine', 'Alpha'), ('Pre-endocrine', 'Beta'), ('Ngn3 high EP', 'Pre-endocrine')]
+    """
+    pairs: list[tuple[str, str]] = []
+    for edge in text.split(","):
+        names = [name.strip() for name in edge.split(">")]
+        if len(names) != 2 or not names[1]:
+            raise InputError(f'Expected edges like "A>B,C>D"; got {edge.strip()!r} in {text!r}. Write one > an edge.')
+        source, target = names[0] or (pairs[-1][0] if pairs else ""), names[1]
+        if not source:
+            raise InputError(f'Expected a source before the first > in {text!r}. Write it out, as in "A>B,>C".')
+        if source == target or (source, target) in pairs:
+            raise InputError(f"Expected each edge once, between two clusters; got {source}>{target}. Leave it out.")
+        pairs.append((source, target))
+    return pairs
+
+
+def complain(message: str) -> None:
+    """One line on stderr, whatever the message holds."""
+    print("pyro-velo: error:", " ".join(message.split()), file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 2 for bad input, 130 for Ctrl-C."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="pyro-velo", standalone_mode=False)
+    except typer.TyperException as error:
+        complain(f"{error.format_message()} (see pyro-velo --help)")
+        return BAD_INPUT
+    except (InputError, OSError, MemoryError) as error:
+        complain(str(error))
+        return BAD_INPUT
+    # typer turns Ctrl-C into this code, without a word.
+    if code == INTERRUPTED:
+        print("pyro-velo: interrupted", file=sys.stderr)
+    return code or 0

@@ -1,0 +1,240 @@
+"""The architecture, as code: what may import what, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "pyro_velo"
+
+LAYERS: dict[int, set[str]] = {
+    0: {"errors", "options", "version", "kinetics", "special", "batch", "nn", "data.anndata_keys"},
+    1: {"priors", "likelihoods", "states", "initial"},
+    2: {"models", "rates", "guides"},
+    3: {
+        *("train", "schedule", "forensics", "checkpoint", "posterior"),
+        *("simulate", "preprocess", "embedding", "metrics", "data"),
+    },
+    4: {"plots", "report", "api", "cli", "__init__", "__main__"},
+}
+LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
+"""An entry covers the modules below it too, where they have no entry of their own."""
+
+SIDEWAYS = {
+    ("guides", "models"),
+    ("guides", "rates"),
+    ("train", "forensics"),
+    ("train", "schedule"),
+    ("preprocess", "data"),
+    ("data", "simulate"),
+    ("report", "plots"),
+    ("api", "plots"),
+    ("api", "report"),
+    ("cli", "api"),
+    ("__main__", "cli"),
+}
+"""The arrows that are allowed within a layer; those within one entry's own modules are, too."""
+
+PEERS = {"scvelo", "cellrank", "scvi"}
+HEAVY = {"torch", "pyro", "scanpy", "anndata", "matplotlib", "pandas", "h5py", "zarr", "scipy", "numba"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name in it; a package goes by its name, the top one by `__init__`."""
+    base = ROOT / PACKAGE
+    paths = {path.relative_to(base).with_suffix("").parts: path for path in sorted(base.rglob("*.py"))}
+    return {".".join(p[:-1] if p[-1] == "__init__" and len(p) > 1 else p): path for p, path in paths.items()}
+
+
+def entry(module: str) -> str | None:
+    """The table's entry for a module: its own name, or the nearest package above it that has one."""
+    while module not in LAYER and "." in module:
+        module = module.rpartition(".")[0]
+    return module if module in LAYER else None
+
+
+def imports(module: str, source: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of every import, in functions and under TYPE_CHECKING too; one for each name imported."""
+    here = [PACKAGE, *(module.split(".") if module != "__init__" else [])]
+    package = here if is_package or module == "__init__" else here[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*parent, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def within(name: str) -> str | None:
+    """The name in our package that an absolute name reaches for, `__init__` where it names nothing in the table."""
+    top, _, rest = name.partition(".")
+    if top != PACKAGE:
+        return None
+    return rest if rest and entry(rest) else "__init__"
+
+
+def violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    """What a module imports and may not."""
+    own = entry(module)
+    if own is None:
+        return [f"{module} is in no layer; enter it in LAYERS of tests/test_layers.py"]
+    found = []
+    for line, name in imports(module, source, is_package):
+        where, top = f"{module}:{line}", name.partition(".")[0]
+        if top in PEERS:
+            found.append(f"{where} imports {top}, a peer; the AnnData's keys are all that we share")
+        if top == "anndata" and module.partition(".")[0] != "data":
+            found.append(f"{where} imports anndata, which only {PACKAGE}.data does")
+        if (target := within(name)) and (theirs := entry(target)):
+            sideways = LAYER[own] == LAYER[theirs] and (own == theirs or (own, theirs) in SIDEWAYS)
+            if not (LAYER[theirs] < LAYER[own] or sideways):
+                found.append(f"{where} imports {theirs}: layer {LAYER[own]} -> layer {LAYER[theirs]}")
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    names = (node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "") for node in calls)
+    # A package may load its public names lazily, by name.
+    if module != "__init__" and not is_package and not {"import_module", "__import__"}.isdisjoint(names):
+        found.append(f"{module} imports by a string, which hides the arrow")
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_run_down(module: str) -> None:
+    path = modules()[module]
+    assert violations(module, path.read_text(), path.name == "__init__.py") == []
+
+
+def test_imports_go_round_in_no_circle() -> None:
+    known = modules()
+    graph = {}
+    for module, path in known.items():
+        names = (within(name) for _, name in imports(module, path.read_text(), path.name == "__init__.py"))
+        targets = {n if n in known else n.rpartition(".")[0] for n in names if n}
+        graph[module] = targets & known.keys() - {module}
+    assert set(TopologicalSorter(graph).static_order()) == known.keys()
+
+
+def test_every_entry_of_the_table_is_there() -> None:
+    assert LAYER.keys() <= {entry(module) for module in modules()}
+    assert {module for arrow in SIDEWAYS for module in arrow} <= LAYER.keys()
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("kinetics", "from pyro_velo.priors import Priors", "kinetics:1 imports priors: layer 0 -> layer 1"),
+        ("kinetics", "def f():\n    import pyro_velo.train", "kinetics:2 imports train: layer 0 -> layer 3"),
+        ("priors", "from . import guides", "priors:1 imports guides: layer 1 -> layer 2"),
+        ("priors", "from .states import STATES", "priors:1 imports states: layer 1 -> layer 1"),
+        ("models.velocity", "from ..guides import Amortized", "models.velocity:1 imports guides: layer 2 -> layer 2"),
+        ("train", "import pyro_velo as pv", "train:1 imports __init__: layer 3 -> layer 4"),
+        ("train", "from pyro_velo import fit", "train:1 imports __init__: layer 3 -> layer 4"),
+        ("metrics", "from pyro_velo.data.readers import read", "metrics:1 imports data: layer 3 -> layer 3"),
+        ("plots.phase", "from pyro_velo.report import render", "plots.phase:1 imports report: layer 4 -> layer 4"),
+        ("preprocess", "from anndata import AnnData", "preprocess:1 imports anndata, which only pyro_velo.data does"),
+        ("data.readers", "import scvelo as scv", "data.readers:1 imports scvelo, a peer"),
+        ("nn", "from importlib import import_module\nimport_module('pyro_velo.api')", "nn imports by a string"),
+        ("utils", "", "utils is in no layer"),
+    ],
+)
+def test_the_checker_catches(module: str, source: str, complaint: str) -> None:
+    (found,) = violations(module, source)
+    assert found.startswith(complaint)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("train", "from pyro_velo.models.base import Model"),
+        ("models.velocity", "from .base import Model"),
+        ("metrics", "from pyro_velo.data import anndata_keys"),
+        ("embedding", "from pyro_velo.data.anndata_keys import MS"),
+        ("data.readers", "import anndata\nfrom . import checks"),
+        ("cli", "def f():\n    from pyro_velo import api"),
+    ],
+)
+def test_the_checker_lets_through(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {requirement.split(">")[0] for requirement in project["dependencies"]}
+    used = {name.partition(".")[0] for m, path in modules().items() for _, name in imports(m, path.read_text())}
+    third_party = used - sys.stdlib_module_names - {PACKAGE}
+    providers = packages_distributions()
+    assert {name for name in third_party if declared.isdisjoint(map(str.lower, providers[name]))} == set()
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, in the repository."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def loaded(*arguments: str) -> set[str]:
+    """The top-level packages that a Python process imports."""
+    lines = run_python("-X", "importtime", *arguments).stderr.splitlines()
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
+    assert PACKAGE in names
+    return names
+
+
+def test_the_package_loads_nothing_heavy() -> None:
+    assert loaded("-c", f"import {PACKAGE}") & HEAVY == set()
+
+
+@pytest.mark.parametrize("command", [(), ("fit",), ("score",)])
+def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
+    assert loaded("-m", PACKAGE, *command, "--help") & (HEAVY | {"numpy", "rich"}) == set()
+
+
+STATE = """
+import importlib, logging, pkgutil, random, warnings
+# What our modules import may change such state itself; that is not ours to answer for.
+import anndata, h5py, jinja2, matplotlib.pyplot, numpy, pandas, pyro, safetensors.torch, scanpy.plotting, torch
+import tqdm, zarr, pyro.infer.autoguide, pyro.optim, scipy.io, scipy.stats, sklearn.neighbors, typer
+import pyro.distributions as dist
+
+def state():
+    return {
+        "torch dtype": torch.get_default_dtype(),
+        "torch device": torch.get_default_device(),
+        "torch threads": torch.get_num_threads(),
+        "torch gradients": torch.is_grad_enabled(),
+        "torch random state": torch.get_rng_state().tolist(),
+        "numpy random state": str(numpy.random.get_state()),
+        "numpy errors": numpy.geterr(),
+        "python random state": random.getstate(),
+        "pyro parameters": sorted(pyro.get_param_store().keys()),
+        "pyro validation": (dist.is_validation_enabled(), torch.distributions.Distribution._validate_args),
+        "matplotlib rcParams": dict(matplotlib.rcParams),
+        "matplotlib backend": matplotlib.get_backend(),
+        "scanpy settings": (scanpy.settings.verbosity, scanpy.settings.n_jobs),
+        "warning filters": list(warnings.filters),
+        "root logger": (logging.root.level, list(logging.root.handlers)),
+    }
+
+before = state()
+import pyro_velo
+names = [m.name for m in pkgutil.walk_packages(pyro_velo.__path__, "pyro_velo.") if not m.name.endswith("__main__")]
+for name in names:
+    importlib.import_module(name)
+after = state()
+assert len(names) > 10, names
+assert {key for key in before if before[key] != after[key]} == set()
+"""
+
+
+def test_importing_every_module_changes_no_global_state() -> None:
+    run_python("-c", STATE)
