@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pyro_velo import kinetics as kinetics
     from pyro_velo import likelihoods as likelihoods
     from pyro_velo import metrics as metrics
-    from pyro_velo import plots as pl
-    from pyro_velo import preprocess as pp
+    from pyro_velo import plots as pl  # noqa: F401 (ruff knows only `x as x` as an export)
+    from pyro_velo import preprocess as pp  # noqa: F401
     from pyro_velo import rates as rates
     from pyro_velo import simulate as simulate
     from pyro_velo import states as states

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from pyro_velo import embedding, metrics, preprocess, simulate
+from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data import (
+    check_key,
     check_known,
     check_output,
     check_output_keys,
@@ -23,12 +25,13 @@ from pyro_velo.data import (
     whole,
     write_whole,
 )
-from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.bridge import velocity_data
+from pyro_velo.data.checks import MAX_UNSPLICED_RATIO, NO_LIMIT
 from pyro_velo.errors import InputError
-from pyro_velo.fitting import fit
+from pyro_velo.fitting import Fit, fit
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.options import BASIS, COLOR, FitOptions
+from pyro_velo.posterior import check_draws
 from pyro_velo.report import report
 from pyro_velo.train import TrainSettings
 
@@ -38,8 +41,12 @@ if TYPE_CHECKING:
 DEMO_CELLS, DEMO_GENES = 1000, 100
 
 
-def fit_file(path: Path, output: Path, options: FitOptions) -> None:
-    """Read, prepare, fit, and write the AnnData and the report; every check that can be made is made before the fit."""
+def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
+    """Read, prepare, fit, and write the AnnData and the report; every check that can be made is made before the fit.
+
+    Ctrl-C during the training ends it, and the best parameters so far are written: see `Fit.interrupted`.
+    """
+    check_draws(options.draws)
     check_output(output, options.overwrite, source=path)
     if options.report is not None:
         check_output(options.report, options.overwrite, source=path, formats=(".html",))
@@ -49,17 +56,19 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> None:
     adata = read(path)
     check_output_keys(adata, overwrite=options.overwrite)
     check_writable(adata)
-    fit_adata(adata, options, device)
+    fitted = fit_adata(adata, options, device)
     write_whole(adata, output, options.overwrite)
     if options.report is not None:
         report(adata, options.report)
+    return fitted
 
 
-def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> None:
+def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
     """Prepare `adata` (unless as it is), fit the default model, write the results into it and project the velocity."""
     if not options.as_is:
         _rename_layers(adata, options)
-        preprocess.prepare(adata, preprocess.PrepareSettings(seed=options.seed))
+        limit = NO_LIMIT if options.nuclei else MAX_UNSPLICED_RATIO
+        preprocess.prepare(adata, preprocess.PrepareSettings(seed=options.seed, max_unspliced_ratio=limit))
         data = velocity_data(adata, device=device)
     else:
         names = {"spliced": options.spliced_layer, "unspliced": options.unspliced_layer}
@@ -73,6 +82,7 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> None:
     fitted.write(adata, draws=options.draws, overwrite=options.overwrite)
     for basis in _bases(adata):
         project(adata, basis)
+    return fitted
 
 
 def project(adata: AnnData, basis: str = BASIS) -> None:
@@ -118,8 +128,8 @@ def score_file(
 def score(adata: AnnData, clusters: str, edges: list[tuple[str, str]], *, basis: str = BASIS) -> dict[str, Any]:
     """The scores of `adata`'s velocity against known transitions between the clusters in `obs[clusters]`.
 
-    Ms space and coherence are taken with each gene in units of its range, as the peers' figures are; see `metrics` for the
-    definitions. An edge without cells at its boundary is null and not part of the mean.
+    Ms space and coherence are taken with each gene in units of its range, as the peers' figures are; see `metrics` for
+    the definitions. An edge without cells at its boundary is null and not part of the mean.
     """
     labels = checked_labels(adata, clusters)
     for name in {name for edge in edges for name in edge}:
@@ -137,13 +147,18 @@ def score(adata: AnnData, clusters: str, edges: list[tuple[str, str]], *, basis:
         "iccoh": _number(metrics.in_cluster_coherence(velocity, graph, labels).mean),
         "confidence": _number(float(np.nanmean(metrics.confidence(velocity, graph)))),
         "edges": [
-            {"from": a, "to": b, f"cbdir_{basis}": _number(on_basis.each[a, b]), "cbdir_ms": _number(in_ms.each[a, b])}
+            {
+                "from": a,
+                "to": b,
+                f"cbdir_{basis}": _number(on_basis.each[f"{a}>{b}"]),
+                "cbdir_ms": _number(in_ms.each[f"{a}>{b}"]),
+            }
             for a, b in edges
         ],
     }
 
 
-def demo(folder: Path) -> None:
+def demo(folder: Path) -> Fit:
     """Simulate, fit and report in `folder`, which is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     source, output, page = (folder / name for name in ("simulated.h5ad", "fitted.h5ad", "report.html"))
@@ -153,15 +168,17 @@ def demo(folder: Path) -> None:
     adata = to_anndata(simulation)
     adata.obs[COLOR] = adata.obs["lineage"]
     write_whole(adata, source, overwrite=True)
-    fit_file(source, output, FitOptions(report=page, overwrite=True))
+    return fit_file(source, output, FitOptions(report=page, overwrite=True))
 
 
 def _rename_layers(adata: AnnData, options: FitOptions) -> None:
     """Put the named layers where preprocessing looks for them."""
-    for name, chosen in ((keys.SPLICED, options.spliced_layer), (keys.UNSPLICED, options.unspliced_layer)):
-        if chosen is not None and chosen != name:
-            check_known(chosen, list(adata.layers), "layers")
-            adata.layers[name] = adata.layers[chosen]
+    names = {keys.SPLICED: options.spliced_layer, keys.UNSPLICED: options.unspliced_layer}
+    chosen = {name: layer for name, layer in names.items() if layer not in (None, name)}
+    for layer in chosen.values():
+        check_known(str(layer), list(adata.layers), "Layer")
+    # Both are looked up before either is put in place, so that they can be exchanged.
+    adata.layers.update({name: adata.layers[layer] for name, layer in chosen.items()})
 
 
 def _flow(adata: AnnData) -> tuple[Any, Any, Any]:
@@ -169,9 +186,14 @@ def _flow(adata: AnnData) -> tuple[Any, Any, Any]:
     if keys.VELOCITY not in adata.layers:
         raise InputError(f"Layer {keys.VELOCITY!r} is missing; expected a fit. Run pyro-velo fit first.")
     if "distances" not in adata.obsp:
-        raise InputError("obsp['distances'] is missing; expected a neighbour graph. Run scanpy.pp.neighbors(adata) first.")
-    layer = keys.MS if keys.MS in adata.layers else keys.SPLICED
-    velocity, expression = embedding.in_units_of_range(adata.layers[keys.VELOCITY], adata.layers[layer])
+        raise InputError(
+            "obsp['distances'] is missing; expected a neighbour graph. Run scanpy.pp.neighbors(adata) first."
+        )
+    layer, _ = keys.fitted_layers(adata.uns, adata.layers.keys())
+    check_key(adata, "layers", layer)
+    measured = adata.layers[layer]
+    dense = measured.toarray() if hasattr(measured, "toarray") else measured
+    velocity, expression = embedding.in_units_of_range(adata.layers[keys.VELOCITY], dense)
     return adata.obsp["distances"], velocity, expression
 
 

@@ -6,14 +6,14 @@ The file is written under a temporary name and renamed, so that what stands ther
 from __future__ import annotations
 
 import json
-
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -57,24 +57,35 @@ def save(training: Training, folder: str | Path, *, about: dict[str, Any] | None
 def load(folder: str | Path) -> tuple[Training, dict[str, Any]]:
     """The state of a run, and what was said about it.
 
-    Raises InputError where there is no checkpoint, a damaged one, or one of another format.
+    Raises `InputError` where there is no checkpoint, a damaged one, or one of another format.
     """
     path = Path(folder) / FILE
     if not path.is_file():
-        raise InputError(f"Expected a checkpoint at {path}; found none. Give the folder that --save was given.")
+        raise InputError(f"Expected a checkpoint at {path}; found none. Give the folder it was saved to.")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("pyro_velo", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise InputError(f"{path} is not a checkpoint that can be read ({error}). Start again without --resume.") from error
-    if header.get("format") != FORMAT:
+        # Read at once: safetensors opens a path twice, between which a run that still saves can put another file there.
+        content = path.read_bytes()
+        tensors = load_tensors(content)
+        # The format: the length of a JSON header in 8 bytes, and that header.
+        words = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        header = json.loads(words.get("__metadata__", {}).get("pyro_velo", "{}"))
+        found = header.get("format")
+        training = _training(header, tensors) if found == FORMAT else None
+    # A file of another program can hold anything under these names.
+    except (SafetensorError, json.JSONDecodeError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a checkpoint that can be read ({error}). Start again without it.") from error
+    if training is None:
         raise InputError(
-            f"Expected a checkpoint of format {FORMAT} at {path}; got {header.get('format')}. "
-            "Use the version of pyro_velo that wrote it, or start again without --resume."
+            f"Expected a checkpoint of format {FORMAT} at {path}; got {found}. "
+            "Use the version of pyro_velo that wrote it, or start again without it."
         )
+    return training, header["about"]
+
+
+def _training(header: dict[str, Any], tensors: dict[str, Tensor]) -> Training:
+    """The state that the words and the tensors of a file stand for."""
     known = {field.name for field in fields(TrainSettings)}
-    training = Training(
+    return Training(
         settings=TrainSettings(**{name: value for name, value in header["settings"].items() if name in known}),
         epoch=header["epoch"],
         history=History(**header["history"]),
@@ -83,7 +94,6 @@ def load(folder: str | Path) -> tuple[Training, dict[str, Any]]:
         parameters=_part(tensors, "parameters"),
         optimizer=_optimizer(header["optimizer"], tensors),
     )
-    return training, header["about"]
 
 
 def _flatten(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -109,7 +119,7 @@ def _optimizer(rest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
     """The optimiser's state, its tensors put back."""
     state: dict[str, Any] = {}
     for name, parts in rest.items():
-        found = {slot: value for slot, value in parts["slots"].items()}
+        found = dict(parts["slots"])
         for slot in ("exp_avg", "exp_avg_sq"):
             if f"optimizer/{slot}/{name}" in tensors:
                 found[slot] = tensors[f"optimizer/{slot}/{name}"]
@@ -123,5 +133,3 @@ def _rename(partial: Path, path: Path) -> None:
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-

@@ -9,15 +9,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyro_velo.errors import InputError
+from pyro_velo.errors import FitError, InputError
 from pyro_velo.options import BASIS, COLOR, DEMO_FOLDER, Counts, Device, FitOptions
 from pyro_velo.version import __version__
 
-BAD_INPUT, INTERRUPTED = 2, 130
+if TYPE_CHECKING:
+    from pyro_velo.fitting import Fit
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -56,7 +59,7 @@ def demo(
     """
     from pyro_velo import api
 
-    api.demo(folder)
+    say_if_interrupted(api.demo(folder))
     typer.echo(f"Wrote {folder}")
 
 
@@ -86,7 +89,7 @@ def fit(
     as_is: Annotated[bool, typer.Option("--as-is", help="Fit the two layers as they stand: no preprocessing.")] = False,
     spliced_layer: Annotated[str | None, typer.Option(metavar="L", help="Default: spliced, or mature.")] = None,
     unspliced_layer: Annotated[str | None, typer.Option(metavar="L", help="Default: unspliced, or nascent.")] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Posterior draws.")] = FitOptions.draws,
+    draws: Annotated[int, typer.Option(min=2, help="Posterior draws.")] = FitOptions.draws,
     max_epochs: Annotated[int | None, typer.Option(min=1, help="Default: that of TrainSettings.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Cells a step. Default: that of TrainSettings.")] = None,
     seed: Seed = FitOptions.seed,
@@ -95,6 +98,9 @@ def fit(
     save: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep checkpoints and the fit here.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", exists=True, help="Go on from a checkpoint.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report as well.")] = None,
+    nuclei: Annotated[
+        bool, typer.Option("--nuclei", help="Single nuclei: more unspliced than spliced is fine.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit velocities, times and rates with their uncertainty."""
@@ -114,8 +120,9 @@ def fit(
         resume=resume,
         report=report,
         overwrite=overwrite,
+        nuclei=nuclei,
     )
-    api.fit_file(data, output, options)
+    say_if_interrupted(api.fit_file(data, output, options))
     typer.echo(f"Wrote {output}" if report is None else f"Wrote {output} and {report}")
 
 
@@ -175,13 +182,22 @@ def parse_edges(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def say_if_interrupted(fitted: Fit) -> None:
+    """One line on stderr where Ctrl-C ended the training: what was written is the best that was found until then."""
+    if fitted.interrupted:
+        print(f"pyro-velo: interrupted at epoch {fitted.epochs}; kept the best parameters so far", file=sys.stderr)
+
+
 def complain(message: str) -> None:
     """One line on stderr, whatever the message holds."""
     print("pyro-velo: error:", " ".join(message.split()), file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 2 for bad input, 130 for Ctrl-C."""
+    """Run the command line and return the exit code: 1 for a fit that failed, 2 for bad input, 130 for Ctrl-C.
+
+    Ctrl-C during the training is none of these: it ends the training, and the result is written.
+    """
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="pyro-velo", standalone_mode=False)
@@ -191,6 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError, MemoryError) as error:
         complain(str(error))
         return BAD_INPUT
+    except FitError as error:
+        complain(str(error))
+        return FAILED
     # typer turns Ctrl-C into this code, without a word.
     if code == INTERRUPTED:
         print("pyro-velo: interrupted", file=sys.stderr)

@@ -11,4 +11,4 @@ class InputError(ValueError):
 
 
 class FitError(RuntimeError):
-    """A fit that could not go on, told in one sentence; the command line prints it as one line and exits with code 1."""
+    """A fit that could not go on, told in one sentence, which the command line prints; it exits with code 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_velo import checkpoint
-from pyro_velo.data.bridge import VelocityData, velocity_data, write_posterior
+from pyro_velo.data.bridge import VelocityData, check_same, velocity_data, write_posterior
 from pyro_velo.data.checks import check_output_keys
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import NonFiniteError
@@ -20,7 +21,7 @@ from pyro_velo.guides import Amortized
 from pyro_velo.models.base import Model
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.posterior import OverStates, Posterior, summarise
-from pyro_velo.train import Fitted, Guide, Training, TrainSettings, train
+from pyro_velo.train import Fitted, Guide, Training, TrainSettings, restore, train
 from pyro_velo.version import __version__
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted model, with the data that it was fitted on."""
+    """A fitted model, with the data that it was fitted on.
+
+    `interrupted` says whether Ctrl-C ended the training; the parameters are the best so far all the same.
+    """
 
     fitted: Fitted
     data: VelocityData
@@ -45,6 +49,11 @@ class Fit:
         """Whether Ctrl-C ended it."""
         return self.fitted.interrupted
 
+    @property
+    def epochs(self) -> int:
+        """The passes over the training cells that it was trained for."""
+        return self.fitted.training.epoch
+
     def posterior(self, *, draws: int = 100, over_states: OverStates = "expected") -> Posterior:
         """Summaries of the posterior in the units of the model; see `posterior.summarise`."""
         seed = self.fitted.training.settings.seed
@@ -55,13 +64,10 @@ class Fit:
     ) -> None:
         """Write velocities, times and rates, each with its uncertainty, into `adata` under the keys of `anndata_keys`.
 
-        Raises InputError where `adata` is not of the genes that were fitted, or holds a fit already (unless `overwrite`).
+        Raises `InputError` where `adata` is not of the cells and genes that were fitted, or holds a fit already (unless
+        `overwrite`).
         """
-        if adata.n_obs != len(self.data.cells) or adata.n_vars != len(self.data.genes):
-            shape = (len(self.data.cells), len(self.data.genes))
-            raise InputError(
-                f"Expected the AnnData that was fitted, of shape {shape}; got {adata.shape}. Write into that one."
-            )
+        check_same(adata, self.data)
         check_output_keys(adata, overwrite=overwrite)
         posterior = self.posterior(draws=draws, over_states=over_states)
         write_posterior(adata, self.data, posterior, about=self.about(draws, over_states))
@@ -72,7 +78,11 @@ class Fit:
         settings = {name: "" if value is None else value for name, value in asdict(training.settings).items()}
         return {
             "version": __version__,
-            "versions": {"torch": torch.__version__, "pyro": pyro.__version__, "python": platform.python_version()},
+            "versions": {
+                "torch": str(torch.__version__),
+                "pyro": pyro.__version__,
+                "python": platform.python_version(),
+            },
             "model": self.recipe,
             "seed": training.settings.seed,
             "settings": {**settings, "draws": draws, "over_states": over_states},
@@ -101,16 +111,21 @@ def fit(
 ) -> Fit:
     """Fit `model` with `guide` (None: the defaults) to the smoothed layers of `adata`, which stays as it is.
 
-    `settings` is a `TrainSettings`, with `seed` put in; `data` says which layers (see `velocity_data`; by default `Ms` and
-    `Mu`), `elbo` is any of Pyro's (default `Trace_ELBO`), `save` a folder for a checkpoint after every epoch, `resume` a
-    folder to go on from, `progress` shows a bar (None: where stderr is a terminal).
+    `settings` is a `TrainSettings`, with `seed` put in; `data` says which layers (see `velocity_data`; by default `Ms`
+    and `Mu`), `elbo` is any of Pyro's (default `Trace_ELBO`), `save` a folder for a checkpoint after every look at the
+    held-out cells, `resume` a folder to go on from (with the settings and the seed it was made with; only its length
+    may change), `progress` shows a bar (None: where stderr is a terminal).
 
-    Raises InputError for bad layers or a checkpoint of other genes; NonFiniteError, naming the gene, for NaN in the fit.
+    Raises `InputError` for bad layers or a checkpoint of another run; `NonFiniteError`, naming the gene, for NaN in the
+    fit.
     """
     model, guide = model or VelocityModel(), guide or Amortized()
     data = data or velocity_data(adata)
-    recipe = f"{model!r} | {guide!r}"
-    training = _resumed(resume, data, recipe, settings) if resume else None
+    recipe = in_words(model, guide)
+    wanted = replace(settings or TrainSettings(), seed=seed)
+    training = _resumed(resume, data, recipe) if resume else None
+    if training is not None:
+        wanted = _same_settings(training, wanted if settings else replace(training.settings, seed=seed))
     about = describe(recipe, data)
     keep = (lambda state: checkpoint.save(state, save, about=about)) if save else None
     try:
@@ -118,10 +133,10 @@ def fit(
             model,
             guide,
             data.cells,
-            settings=replace(settings or (training.settings if training else TrainSettings()), seed=seed),
+            settings=wanted,
             elbo=elbo,
             resume=training,
-            on_epoch=keep,
+            on_evaluation=keep,
             progress=progress,
         )
     except NonFiniteError as error:
@@ -133,14 +148,17 @@ def load(folder: str | Path, model: Model | None, guide: Guide | None, adata: An
     """The fit that `Fit.save` or `fit(save=...)` left in a folder, with its best parameters; nothing is trained.
 
     `model`, `guide` and `adata` must be those of the fit, `layers` what `velocity_data` was told.
-    Raises InputError where there is no such fit, or it is of other genes or another model.
+    Raises `InputError` where there is no such fit, or it is of other genes or another model.
     """
     model, guide = model or VelocityModel(), guide or Amortized()
     data = velocity_data(adata, **layers)
-    recipe = f"{model!r} | {guide!r}"
-    training = _resumed(folder, data, recipe, None)
-    ended = replace(training, settings=replace(training.settings, max_epochs=max(1, training.epoch)))
-    return Fit(train(model, guide, data.cells, resume=ended, progress=False), data, recipe)
+    recipe = in_words(model, guide)
+    return Fit(restore(model, guide, data.cells, _resumed(folder, data, recipe)), data, recipe)
+
+
+def in_words(model: Model, guide: Guide) -> str:
+    """What a model and guide are made of, in words that are the same in every process: without addresses."""
+    return re.sub(r"( object)? at 0x[0-9a-f]+", "", f"{model!r} | {guide!r}")
 
 
 def describe(recipe: str, data: VelocityData) -> dict[str, Any]:
@@ -148,21 +166,25 @@ def describe(recipe: str, data: VelocityData) -> dict[str, Any]:
     return {"version": __version__, "model": recipe, "n_cells": len(data.cells), "genes": data.gene_names}
 
 
-def _resumed(folder: str | Path, data: VelocityData, recipe: str, settings: TrainSettings | None) -> Training:
-    """A checkpoint's state, if it is of these cells, genes and model, and was run with these settings."""
+def _resumed(folder: str | Path, data: VelocityData, recipe: str) -> Training:
+    """A checkpoint's state, if it is of these cells, genes and model."""
     training, about = checkpoint.load(folder)
     for name, value in describe(recipe, data).items():
         if name != "version" and about.get(name) != value:
             was, now = str(about.get(name))[:200], str(value)[:200]
-            raise InputError(f"Expected the {name} of the checkpoint in {folder}, {was}; got {now}. Start without resume.")
-    # Only the length may change: a run may be gone on with for longer.
-    if settings is not None:
-        free = {"max_epochs", "max_steps", "seed"}
-        for name, value in asdict(settings).items():
-            was = getattr(training.settings, name)
-            if name not in free and was != value:
-                raise InputError(
-                    f"Expected {name}={was!r}, with which the checkpoint in {folder} was made; got {value!r}. "
-                    "Give the same settings, or start without resume."
-                )
+            raise InputError(
+                f"Expected the {name} of the checkpoint in {folder}, {was}; got {now}. Start without the checkpoint."
+            )
     return training
+
+
+def _same_settings(training: Training, wanted: TrainSettings) -> TrainSettings:
+    """The settings wanted, if a run can go on with them: only its length may change."""
+    for name, value in asdict(wanted).items():
+        was = getattr(training.settings, name)
+        if name not in {"max_epochs", "max_steps"} and was != value:
+            raise InputError(
+                f"Expected {name}={was!r}, with which the checkpoint was made; got {value!r}. "
+                "Give the same settings and seed, or start without the checkpoint."
+            )
+    return wanted

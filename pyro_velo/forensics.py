@@ -14,7 +14,7 @@ from pyro_velo.errors import FitError
 
 
 class Culprit(NamedTuple):
-    """A site or parameter, and the gene (position in the fitted genes) where it is first not finite, if it has genes."""
+    """A site or parameter, and the gene (its position among the fitted ones) where it is first not finite, if any."""
 
     what: str
     gene: int | None

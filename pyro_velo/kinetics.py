@@ -35,7 +35,9 @@ def lag(beta: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
     """
     gap = (gamma - beta).abs() * tau
     # The slower decay is factored out, so the exponent stays negative and nothing overflows.
-    ratio = torch.where(gap > 1e-6, -torch.expm1(-gap) / gap.clamp_min(1e-6), 1 - gap / 2)
+    # Below 1e-3 the quotient's gradient would be a difference of equal numbers, so the series takes over.
+    series = 1 - gap / 2 * (1 - gap / 3 * (1 - gap / 4))
+    ratio = torch.where(gap > 1e-3, -torch.expm1(-gap) / gap.clamp_min(1e-3), series)
     return tau * torch.exp(-torch.minimum(beta, gamma) * tau) * ratio
 
 

@@ -1,13 +1,14 @@
-r"""How what is measured of a molecule scatters around what the kinetics say, and the joint mixture over the four states.
+r"""How a measured molecule scatters around what the kinetics say, and the joint mixture over the four states.
 
-A new likelihood is one class: `parameters` names its per-gene parameters (each a site `{name}_{molecule}`, with the prior
-of that kind), `__call__` maps a mean and those parameters to a distribution.
+A new likelihood is one class: `parameters` names its per-gene parameters (each a site `{name}_{molecule}`, with the
+prior of that kind), `__call__` maps a mean and those parameters to a distribution.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -24,7 +25,9 @@ class Likelihood(ABC):
     """The per-gene parameters; each has a prior of the same name in `Priors`."""
 
     @abstractmethod
-    def __call__(self, mean: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float = 1.0) -> TorchDistribution:
+    def __call__(
+        self, mean: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float = 1.0
+    ) -> TorchDistribution:
         """p(x | mean): mean (..., G), parameters (G,), `scale` multiplies the spread (the model's c_k)."""
 
 
@@ -33,7 +36,9 @@ class Normal(Likelihood):
 
     parameters = ("noise",)
 
-    def __call__(self, mean: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float = 1.0) -> TorchDistribution:
+    def __call__(
+        self, mean: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float = 1.0
+    ) -> TorchDistribution:
         """Normal of sd `scale * noise`."""
         return QuickNormal(mean, parameters["noise"] * scale)
 
@@ -49,16 +54,18 @@ class QuickNormal(dist.Normal):
 class JointMixture(TorchDistribution):
     r"""$p(u, s) = \sum_k w_k\, p(u \mid k)\, p(s \mid k)$: one state for both molecules.
 
-    `log_weights` (K, ..., G), `unspliced` and `spliced` of batch shape (K, ..., G), states leading; a value is (..., G, 2).
-    Weights that do not sum to one are taken as they are, so that a bound on the log-weights gives a bound on log p.
+    `log_weights` (K, ..., G), `unspliced` and `spliced` of batch shape (K, ..., G), states leading; a value is
+    (..., G, 2). Weights that do not sum to one are taken as they are, so that a bound on the log-weights gives a bound
+    on log p.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
 
     def __init__(self, log_weights: Tensor, unspliced: TorchDistribution, spliced: TorchDistribution) -> None:
         self.log_weights, self.unspliced, self.spliced = log_weights, unspliced, spliced
         shape = torch.broadcast_shapes(log_weights.shape, unspliced.batch_shape, spliced.batch_shape)
+        self.copies = torch.Size()
         super().__init__(shape[1:], torch.Size([2]), validate_args=False)
 
     @property
@@ -67,26 +74,35 @@ class JointMixture(TorchDistribution):
         return constraints.independent(self.unspliced.support, 1)
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> JointMixture:
-        """The same mixture, broadcast to `batch_shape`."""
-        shape = self.log_weights.shape[:1] + torch.Size(batch_shape)
-        return JointMixture(self.log_weights.expand(shape), self.unspliced.expand(shape), self.spliced.expand(shape))
+        """The same mixture, broadcast to `batch_shape`; dimensions before its own are copies of it."""
+        own = torch.Size(batch_shape)[len(batch_shape) - self.log_weights.ndim + 1 :]
+        shape = self.log_weights.shape[:1] + own
+        wide = JointMixture(self.log_weights.expand(shape), self.unspliced.expand(shape), self.spliced.expand(shape))
+        wide.copies = torch.Size(batch_shape)[: len(batch_shape) - len(own)]
+        wide._batch_shape = torch.Size(batch_shape)
+        return wide
 
     def log_joint(self, value: Tensor) -> Tensor:
-        """log w_k + log p(u | k) + log p(s | k) of each state: (K, ..., G)."""
-        u, s = value.unbind(-1)
-        return self.log_weights + self.unspliced.log_prob(u) + self.spliced.log_prob(s)
+        """The terms log w_k + log p(u | k) + log p(s | k) of each state: (K, ..., G)."""
+        # Dimensions of the value before the mixture's own would line up with the states, which stand there.
+        before = value.ndim - self.log_weights.ndim
+        u, s = value.unsqueeze(before).unbind(-1)
+        return (self.log_weights + self.unspliced.log_prob(u) + self.spliced.log_prob(s)).movedim(before, 0)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The mixture's log density, (..., G)."""
-        return self.log_joint(value).logsumexp(0)
+        log_prob = self.log_joint(value).logsumexp(0)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A state for each cell and gene, then both molecules in that state."""
-        state = dist.Categorical(logits=self.log_weights.movedim(0, -1)).expand(self.batch_shape).sample(sample_shape)
-        molecules = torch.stack((self.unspliced.sample(sample_shape), self.spliced.sample(sample_shape)), -1)
-        leading = len(sample_shape)
-        pick = state.unsqueeze(leading).unsqueeze(-1).expand(*sample_shape, 1, *self.batch_shape, 2)
-        return molecules.gather(leading, pick).squeeze(leading)
+        shape = torch.Size(sample_shape) + self.copies
+        weights = dist.Categorical(logits=self.log_weights.movedim(0, -1))
+        state = weights.expand(self.batch_shape[len(self.copies) :]).sample(shape)
+        molecules = torch.stack((self.unspliced.sample(shape), self.spliced.sample(shape)), -1)
+        # The states' axis stands behind the sample's.
+        pick = state.unsqueeze(len(shape)).unsqueeze(-1).expand(*shape, 1, *state.shape[len(shape) :], 2)
+        return molecules.gather(len(shape), pick).squeeze(len(shape))
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {"normal": Normal}

@@ -21,8 +21,9 @@ COLOR = "clusters"
 class FitOptions:
     """The options of `pyro-velo fit`; `None` leaves the choice to `TrainSettings`, the file or the machine.
 
-    `as_is` skips the preprocessing; `draws` counts posterior draws; `save` and `resume` are folders of checkpoints;
-    `report` is an HTML file; `overwrite` allows output files and keys that exist.
+    `as_is` skips the preprocessing; `nuclei` lets unspliced counts exceed spliced ones by any factor; `draws` counts
+    posterior draws, two at least; `save` and `resume` are folders of checkpoints; `report` is an HTML file; `overwrite`
+    allows output files and keys that exist.
     """
 
     as_is: bool = False
@@ -38,3 +39,4 @@ class FitOptions:
     resume: Path | None = None
     report: Path | None = None
     overwrite: bool = False
+    nuclei: bool = False

@@ -1,7 +1,7 @@
-r"""What the posterior says of every cell and gene, streamed: draws x batch x genes at a time, never draws x cells x genes.
+r"""What the posterior says of every cell and gene, streamed: never draws x cells x genes, but a batch of cells at once.
 
-A draw takes the rates once for all cells, then z and pi of each cell from the guide. Given these, the state has the exact
-posterior $p(k \mid u, s) \propto \pi_k\, p(u \mid k)\, p(s \mid k)$.
+A draw takes the rates once for all cells, then z and pi of each cell from the guide. Given these, the state has the
+exact posterior $p(k \mid u, s) \propto \pi_k\, p(u \mid k)\, p(s \mid k)$.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import pyro
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
@@ -24,17 +25,20 @@ from pyro_velo.train import Fitted
 Array = NDArray[np.float32]
 OverStates = Literal["expected", "most likely"]
 
-DRAWS_BYTES = 256 * 2**20
-"""Memory for the draws of one batch; it sets how many cells are looked at together."""
+CELLS_GENES_AT_ONCE = 128 * 1024
+"""Cells x genes that are looked at together: small enough for the cache, large enough to keep two cores busy.
+
+With D draws they hold 8 D bytes each, 100 MiB for 100 draws."""
 
 
 @dataclass(frozen=True)
 class Posterior:
     """Summaries in the units of the model (scaled abundance, latent time in [0, 20]).
 
-    Cells x genes: `velocity` (mean), `velocity_sd`, `velocity_q05`, `velocity_q95`, `t`, `t_sd`, `u`, `s` (posterior mean
-    expression), `state` (most likely, 0 to 3). (4, cells, genes) is never kept; `state_use` (4, genes) is its mean.
-    Genes: `rates` and `rates_sd` by site name, `log_likelihood` (mean over cells). Cells: `z` (cells, d), `uncertainty`.
+    Cells x genes: `velocity` (mean), `velocity_sd`, `velocity_q05`, `velocity_q95`, `t`, `t_sd`, `u`, `s` (posterior
+    mean expression), `state` (most likely, 0 to 3). (4, cells, genes) is never kept; `state_use` (4, genes) is its
+    mean. Genes: `rates` and `rates_sd` by site name, `log_likelihood` (mean over cells). Cells: `z` (cells, d),
+    `uncertainty`.
     """
 
     velocity: Array
@@ -78,15 +82,19 @@ def summarise(
 ) -> Posterior:
     """Draw `draws` times from the guide for all `cells` and summarise.
 
-    `over_states`: each draw's velocity and time are the expectation over the four states, or those of the most likely one.
+    `over_states`: each draw's velocity and time are the expectation over the four states, or those of the most likely
+    one.
 
     Raises InputError for fewer than two draws, which have no spread.
     """
-    if draws < 2:
-        raise InputError(f"Expected 2 draws or more, because one has no spread; got {draws}. The default is 100.")
+    check_draws(draws)
     device = cells.molecules.device
-    size = max(1, min(1024, DRAWS_BYTES // (draws * cells.n_genes * cells.molecules.element_size() * 2)))
-    with fitted.parameters(), torch.random.fork_rng([device] if cells.molecules.is_cuda else []):
+    size = max(1, CELLS_GENES_AT_ONCE // cells.n_genes)
+    with (
+        fitted.parameters(),
+        pyro.validation_enabled(False),
+        torch.random.fork_rng([device] if cells.molecules.is_cuda else []),
+    ):
         torch.manual_seed(seed)
         rates = _draw_rates(fitted, cells, draws)
         out = _Summary(len(cells), cells.n_genes)
@@ -96,6 +104,12 @@ def summarise(
                 out.add(batch.index.cpu().numpy(), _draw_batch(fitted, batch, rates, over_states))
                 bar.update(len(batch.index))
     return out.finish(rates)
+
+
+def check_draws(draws: int) -> None:
+    """Raises `InputError` for fewer than two draws."""
+    if draws < 2:
+        raise InputError(f"Expected 2 draws or more, because one has no spread; got {draws}. The default is 100.")
 
 
 def _draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tensor]]:
@@ -122,11 +136,11 @@ def _draw_batch(fitted: Fitted, batch: Batch, rates: list[dict[str, Tensor]], ov
         values = _values(fitted, batch, shared)
         explained: Explained = fitted.program.explain(values, batch)
         log_likelihood = explained.log_joint.logsumexp(0)
-        probability = (explained.log_joint - log_likelihood).exp_()
+        probability = explained.log_joint.sub_(log_likelihood).exp_()
         weights = probability if over_states == "expected" else _one_hot(probability)
-        velocity[i] = (weights * explained.velocity).sum(0)
-        t[i] = (weights * explained.t).sum(0)
-        u, s = ((weights * mean).sum(0) for mean in explained.means)
+        velocity[i] = over(weights, explained.velocity)
+        t[i] = over(weights, explained.t)
+        u, s = over(weights, explained.u), over(weights, explained.s)
         parts = [u, s, probability, log_likelihood, values["z"].squeeze(-2)]
         sums = parts if sums is None else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
     assert sums is not None
@@ -137,6 +151,17 @@ def _values(fitted: Fitted, batch: Batch, shared: dict[str, Tensor]) -> dict[str
     """A draw of the cells' sites, the gene-level ones given."""
     trace = poutine.trace(poutine.condition(fitted.guide, data=shared)).get_trace(batch)
     return {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
+
+
+def over(weights: Tensor, values: tuple[Tensor | float, ...]) -> Tensor:
+    """The expectation over states: weights (4, B, G), values that broadcast to (B, G); zeros cost nothing."""
+    total = torch.zeros_like(weights[0])
+    for weight, value in zip(weights, values, strict=True):
+        if isinstance(value, Tensor):
+            total.addcmul_(weight, value)
+        elif value:
+            total.add_(weight, alpha=value)
+    return total
 
 
 def _one_hot(probability: Tensor) -> Tensor:

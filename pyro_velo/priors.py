@@ -13,6 +13,7 @@ import pyro.distributions as dist
 from pyro.distributions import Distribution
 from torch import Tensor
 
+from pyro_velo.errors import InputError
 from pyro_velo.kinetics import T_MAX
 
 Prior: TypeAlias = Distribution | Callable[[Tensor], Distribution]
@@ -50,7 +51,7 @@ class Priors:
     def __post_init__(self) -> None:
         """Refuse a concentration that no Dirichlet has."""
         if not self.concentration > 0:
-            raise ValueError(f"Expected a Dirichlet concentration > 0; got {self.concentration}. veloVI's is 0.25.")
+            raise InputError(f"Expected a Dirichlet concentration > 0; got {self.concentration}. veloVI's is 0.25.")
 
     def of(self, name: str, start: Mapping[str, Tensor], *, kind: str | None = None) -> Distribution:
         """The prior of the gene-level site `name` at the start values; `kind` is its entry here where names differ."""

@@ -17,9 +17,9 @@ SMALLEST = 1e-6
 class KLWeight(Messenger):
     """Scales the KL terms of cells by `weight`, and penalties that are to be annealed by 1 - weight.
 
-    KL terms are the latent sites in the plate `cells`, in model and guide alike, and the sites marked `infer={"kl": True}`
-    (a KL in closed form). Sites marked `infer={"penalty": annealed}` are not part of the ELBO: annealed ones fade as the
-    KL comes in, the others keep their weight. Found by tracing, so it fits every model.
+    KL terms are the latent sites in the plate `cells`, in model and guide alike, and the sites marked `infer={"kl":
+    True}` (a KL in closed form). Sites marked `infer={"penalty": annealed}` are not part of the ELBO: annealed ones
+    fade as the KL comes in, the others keep their weight. Found by tracing, so it fits every model.
     """
 
     def __init__(self, weight: float) -> None:

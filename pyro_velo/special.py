@@ -1,7 +1,7 @@
-r"""Special functions and densities in a few vectorised passes, each with its gradient in closed form.
+"""Special functions and densities in a few vectorised passes, each with its gradient in closed form.
 
-They stand where torch's own are what a step spends its time on: torch evaluates digamma and trigamma one element at a time and
-asks for digamma again in the gradient of log-gamma, and its normal density takes twice the passes over memory.
+They stand where torch's own are what a step spends its time on: torch evaluates digamma and trigamma one element at a
+time and asks for digamma again in the gradient of log-gamma, and its normal density takes twice the passes over memory.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ def log_gamma_and_digamma(x: Tensor) -> tuple[Tensor, Tensor]:
     By the recurrence to x + 6 and the asymptotic series there (Abramowitz & Stegun 1964, 6.1.41, 6.3.18, 6.4.12), whose
     first omitted terms are below 1e-9; in float32 the error is that of rounding, a few 1e-7 of the largest term.
     """
-    return _GammaFunctions.apply(x)  # type: ignore[no-any-return]
+    return _GammaFunctions.apply(x)
 
 
 def normal_log_density(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     r"""$\log\mathcal{N}(x \mid \mathrm{mean}, \mathrm{scale}^2)$; x, mean and scale broadcast."""
-    return _NormalLogDensity.apply(x, mean, scale)  # type: ignore[no-any-return]
+    return _NormalLogDensity.apply(x, mean, scale)
 
 
 class _GammaFunctions(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        values = (torch.lgamma(x), torch.digamma(x)) if x.dtype == torch.float64 else _shifted(x)
+        values = (torch.lgamma(x), torch.digamma(x)) if x.dtype == torch.float64 else _log_gamma_and_digamma(x)
         ctx.save_for_backward(x, values[1])
         return values
 
@@ -41,19 +41,33 @@ class _GammaFunctions(torch.autograd.Function):
         return torch.addcmul(grads[0] * digamma, grads[1], trigamma)
 
 
-def _shifted(x: Tensor) -> tuple[Tensor, Tensor]:
-    """With w = x(x + 5): x(x+1)...(x+5) = w(w+4)(w+6), and the sum of 1/(x+i) is (2x+5)(3w^2+20w+24) over it."""
-    w = (x + 5).mul_(x)
-    product = (w + 4).mul_(w + 6).mul_(w)
-    below = (w * 3).add_(20).mul_(w).add_(24).mul_(x * 2 + 5).div_(product)
-    y = x + 6
-    log_y, inverse = y.log(), y.reciprocal()
+def digamma(x: Tensor) -> Tensor:
+    r"""$\psi(x)$ for x > 0, without a gradient; as in `log_gamma_and_digamma`."""
+    return torch.digamma(x) if x.dtype == torch.float64 else _digamma(x, *_recurrence(x))
+
+
+def _log_gamma_and_digamma(x: Tensor) -> tuple[Tensor, Tensor]:
+    w, product, y, log_y, inverse = _recurrence(x)
+    digamma = _digamma(x, w, product, y, log_y, inverse)
     square = inverse * inverse
-    digamma = (square * (-1 / 252)).add_(1 / 120).mul_(square).sub_(1 / 12).mul_(square)
-    digamma.add_(log_y).sub_(inverse, alpha=0.5).sub_(below)
-    log_gamma = square.mul_(1 / 1260).sub_(1 / 360).mul_(inverse).mul_(inverse).add_(1 / 12).mul_(inverse)
+    log_gamma = (square * (1 / 1260)).sub_(1 / 360).mul_(square).add_(1 / 12).mul_(inverse)
     log_gamma.addcmul_(y - 0.5, log_y).sub_(y).add_(math.log(2 * math.pi) / 2).sub_(product.log_())
     return log_gamma, digamma
+
+
+def _recurrence(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The product w = x(x + 5); x(x+1)...(x+5) = w(w+4)(w+6); y = x + 6, its logarithm and its inverse."""
+    w = (x + 5).mul_(x)
+    y = x + 6
+    return w, (w + 4).mul_(w + 6).mul_(w), y, y.log(), y.reciprocal()
+
+
+def _digamma(x: Tensor, w: Tensor, product: Tensor, y: Tensor, log_y: Tensor, inverse: Tensor) -> Tensor:
+    """The series at y, less the sum of 1/(x+i), which is (2x+5)(3w^2+20w+24) over the product."""
+    below = (w * 3).add_(20).mul_(w).add_(24).mul_(x * 2 + 5).div_(product)
+    square = inverse * inverse
+    series = (square * (-1 / 252)).add_(1 / 120).mul_(square).sub_(1 / 12).mul_(square)
+    return series.add_(log_y).sub_(inverse, alpha=0.5).sub_(below)
 
 
 def _trigamma(x: Tensor) -> Tensor:

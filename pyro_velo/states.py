@@ -13,10 +13,11 @@ from abc import ABC, abstractmethod
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_velo.special import log_gamma_and_digamma
+from pyro_velo.special import digamma, log_gamma_and_digamma
 
 STATES = ("induction", "induction steady state", "repression", "repression steady state")
 
@@ -59,6 +60,12 @@ class Dirichlet(StateFamily):
         return pi.clamp_min(torch.finfo(pi.dtype).tiny).log().movedim(-1, 0)
 
 
+class Concentrations(dist.Delta):
+    """A point that is known to be positive, so that a guide of the user's own keeps it so."""
+
+    support = constraints.independent(constraints.positive, 1)
+
+
 class Collapsed(StateFamily):
     r"""q(pi | z) = Dirichlet, with pi integrated into a bound instead of sampled.
 
@@ -66,32 +73,33 @@ class Collapsed(StateFamily):
 
     At the site `pi` stands the concentration of q, and the KL is a site of its own, `pi_kl`: no gamma draws, and less
     variance than the sampled family. Without a guide q is the prior, and the mixture has the prior's equal weights.
+    A guide of your own wants a point at `pi` (AutoDelta): one that spreads it adds an entropy, and no bound is left.
     """
 
     def prior(self, concentration: float, like: Tensor) -> Tensor:
         """E_q[log pi]; adds -KL(q || p) to the bound."""
         start = like.new_full((len(STATES),), concentration)
-        q = pyro.sample("pi", dist.Delta(start, event_dim=1).mask(False))
+        q = pyro.sample("pi", Concentrations(start, event_dim=1).mask(False))
         kl, expected_log = dirichlet_kl(q.movedim(-1, 0), concentration)
         pyro.sample("pi_kl", dist.Unit(-kl), infer={"kl": True}, obs=like.new_empty(*kl.shape, 0))
         return expected_log
 
     def posterior(self, outputs: Tensor) -> None:
         """Hand q's concentrations to the model: a point, without a density of its own."""
-        pyro.sample("pi", dist.Delta(concentrations(outputs), event_dim=1).mask(False))
+        pyro.sample("pi", Concentrations(concentrations(outputs), event_dim=1).mask(False))
 
     def log_weights(self, pi: Tensor) -> Tensor:
         """E_q[log pi_k] = digamma(q_k) - digamma(sum of q)."""
         q = pi.movedim(-1, 0)
-        return log_gamma_and_digamma(q)[1] - log_gamma_and_digamma(q.sum(0))[1]
+        return digamma(q) - digamma(q.sum(0))
 
 
 def dirichlet_kl(q: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
     """KL(Dirichlet(q) || the symmetric one) over the leading axis, (K, ...) to (...); and E_q[log pi], (K, ...)."""
     k, total = len(q), q.sum(0)
-    log_gamma, digamma = log_gamma_and_digamma(q)
-    log_gamma_total, digamma_total = log_gamma_and_digamma(total)
-    expected_log = digamma - digamma_total
+    log_gamma, psi = log_gamma_and_digamma(q)
+    log_gamma_total, psi_total = log_gamma_and_digamma(total)
+    expected_log = psi - psi_total
     prior_norm = math.lgamma(k * concentration) - k * math.lgamma(concentration)
     kl = log_gamma_total - log_gamma.sum(0) - prior_norm + ((q - concentration) * expected_log).sum(0)
     return kl, expected_log

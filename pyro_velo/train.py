@@ -1,12 +1,13 @@
 """Stochastic variational inference: one loop for every model and guide of the package.
 
-The loop is `pyro.infer.SVI` with `ClippedAdam` in a param store of its own. Each epoch draws its permutation and its noise
-from (seed, epoch), so that a run that goes on from a checkpoint is, to the bit, the run that was never stopped.
+The loop is `pyro.infer.SVI` with `ClippedAdam` in a param store of its own. Each epoch draws its permutation and its
+noise from (seed, epoch), so that a run that goes on from a checkpoint is, to the bit, the run that was never stopped.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -37,16 +38,13 @@ class TrainSettings:
     """How the fit is run. The defaults stand here and nowhere else.
 
     Attributes:
-        max_epochs: passes over the training cells; None: as many as make `max_steps` steps.
-        max_steps: gradient steps, where `max_epochs` is None.
-        batch_size: cells a step, at most; an epoch's batches are of equal size within one cell.
-        learning_rate: of ClippedAdam, until it is dropped tenfold.
-        clip: the bound on each element of the gradient of the loss per cell.
-        warmup: the share of the epochs in which the weight of the KL rises to 1.
-        drop: the share of the epochs after which the learning rate is dropped, at the latest.
-        held_out: the share of cells that are never trained on.
-        patience: held-out evaluations without improvement before the learning rate drops, and again before the fit ends.
-        evaluate_steps: steps between held-out evaluations, rounded to whole epochs.
+        max_epochs: passes over the training cells; None: as many as make `max_steps` steps. max_steps: gradient steps,
+        where `max_epochs` is None. batch_size: cells a step, at most; an epoch's batches are of equal size within one
+        cell. learning_rate: of ClippedAdam, until it is dropped tenfold. clip: the bound on each element of the
+        gradient of the loss per cell. warmup: the share of the epochs in which the weight of the KL rises to 1. drop:
+        the share of the epochs after which the learning rate is dropped, at the latest. held_out: the share of cells
+        that are never trained on. patience: held-out evaluations without improvement before the learning rate drops,
+        and again before the fit ends. evaluate_steps: steps between held-out evaluations, rounded to whole epochs.
         seed: of every random number.
     """
 
@@ -83,7 +81,8 @@ class TrainSettings:
 class History:
     """The ELBO per cell by epoch: `train`, the mean of its steps, and `held_out`, NaN where it was not evaluated.
 
-    `held_out` is at KL weight 1 without penalties; `train` is the objective that was climbed, at the weight `kl_weight`.
+    `held_out` is at KL weight 1 without penalties; `train` is the objective that was climbed, at the weight
+    `kl_weight`.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -147,9 +146,9 @@ def train(
 ) -> Fitted:
     """Fit `guide` to `model` on `cells` and return it with the best parameters that the held-out ELBO saw.
 
-    `resume` goes on from a run's state, which stays as it is; `on_evaluation` is called with that state after every look
-    at the held-out cells (to save it); `progress` shows a bar (None: where stderr is a terminal). Ctrl-C ends the fit,
-    with the best parameters so far and the state of the last such look.
+    `resume` goes on from a run's state, which stays as it is; `on_evaluation` is called with that state after every
+    look at the held-out cells (to save it); `progress` shows a bar (None: where stderr is a terminal). Ctrl-C ends the
+    fit, with the best parameters so far and the state of the last such look.
 
     Raises `NonFiniteError`, naming step, site and gene, where the loss or a gradient is not finite.
     """
@@ -175,14 +174,17 @@ def restore(model: Model, guide: Guide, cells: Cells, training: Training) -> Fit
 
 @contextmanager
 def _apart(cells: Cells, seed: int) -> Iterator[dict]:
-    """A param store, random numbers from `seed` and no validation, all of which end with it; yields the store's state."""
-    with pyro.get_param_store().scope() as store, _own_noise(cells, seed), pyro.validation_enabled(False):
+    """A param store, random numbers from `seed` and no validation, until it ends; yields the store's state."""
+    store_apart, unchecked = pyro.get_param_store().scope(), pyro.validation_enabled(False)
+    with store_apart as store, _own_noise(cells, seed), unchecked, warnings.catch_warnings():
+        # Pyro warns of a NaN loss and goes on; here it is an error, which says more.
+        warnings.filterwarnings("ignore", "Encountered (NaN|infinity)", UserWarning)
         yield store
 
 
 @contextmanager
 def _own_noise(cells: Cells, seed: int) -> Iterator[None]:
-    """Random numbers from `seed`; afterwards, the generators of the devices in use go on as if nothing had been drawn."""
+    """Random numbers from `seed`; afterwards the generators go on as if nothing had been drawn."""
     with torch.random.fork_rng([cells.molecules.device] if cells.molecules.is_cuda else []):
         torch.manual_seed(seed)
         yield
@@ -283,7 +285,7 @@ class _Loop:
         return -total / len(index)
 
     def _note(self, train_elbo: float, held_out: float, kl_weight: float) -> None:
-        """Write the epoch down, keep the parameters if they are the best, and drop the learning rate when it is time."""
+        """Write the epoch down, keep the parameters if they are the best, lower the learning rate when it is time."""
         state, history = self.state, self.state.history
         history.epoch.append(state.epoch)
         history.train.append(train_elbo)
@@ -314,7 +316,7 @@ class _Loop:
 def parameters() -> dict[str, Tensor]:
     """Copies of the unconstrained parameters in the current param store, by name."""
     store = pyro.get_param_store()
-    return {name: store[name].unconstrained().detach().clone() for name in store.keys()}
+    return {name: store[name].unconstrained().detach().clone() for name in store}
 
 
 def load_parameters(values: dict[str, Tensor]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+from typing import Any
+
 SPLICED, UNSPLICED = "spliced", "unspliced"
 MS, MU = "Ms", "Mu"
 
@@ -23,10 +26,22 @@ OBS_OUT = (LATENT_TIME, VELOCITY_UNCERTAINTY)
 LATENT = "X_velocity_latent"
 OBSM_OUT = (LATENT,)
 UNS = "pyro_velo"
-UNS_PREPARE, UNS_FIT = "prepare", "fit"
+UNS_PREPARE, UNS_LAYERS = "prepare", "layers"
 
 TRUE_ALPHA, TRUE_BETA, TRUE_GAMMA, TRUE_SWITCH = "true_alpha", "true_beta", "true_gamma", "true_t_"
 TRUE_TIME, TRUE_VELOCITY, TRUE_U, TRUE_S = "true_t", "true_velocity", "true_u", "true_s"
+
+
+def fitted_layers(uns: Mapping[str, Any], present: Container[str]) -> tuple[str, str]:
+    """The names of the spliced and unspliced layers that were fitted: those noted in `uns`, else the smoothed ones.
+
+    >>> fitted_layers({"pyro_velo": {"layers": {"spliced": "S", "unspliced": "U"}}}, present=["S", "U", "Ms", "Mu"])
+    ('S', 'U')
+    """
+    smoothed = MS in present or SPLICED not in present
+    names = {SPLICED: MS, UNSPLICED: MU} if smoothed else {SPLICED: SPLICED, UNSPLICED: UNSPLICED}
+    noted = uns.get(UNS, {}).get(UNS_LAYERS, {})
+    return str(noted.get(SPLICED, names[SPLICED])), str(noted.get(UNSPLICED, names[UNSPLICED]))
 
 
 def velocity_embedding(basis: str) -> str:

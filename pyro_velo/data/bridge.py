@@ -12,11 +12,12 @@ from scipy import sparse
 
 from pyro_velo.batch import Cells
 from pyro_velo.data import anndata_keys as keys
-from pyro_velo.data.checks import check_adata, check_key, checked_layers
+from pyro_velo.data.checks import NO_LIMIT, check_adata, check_key, check_two, checked_layers
 from pyro_velo.data.matrices import checked_matrix
 from pyro_velo.errors import InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
     from pyro_velo.posterior import Posterior
@@ -40,12 +41,17 @@ class Scaling:
 
 @dataclass(frozen=True)
 class VelocityData:
-    """What is fitted: the scaled cells, which genes of the AnnData they are (`genes`, a mask), and their scaling."""
+    """What is fitted: the scaled cells, which genes of the AnnData they are (`genes`, a mask), and their scaling.
+
+    `layers` names those that it was read from, spliced and unspliced.
+    """
 
     cells: Cells
+    cell_names: pd.Index
     genes: NDArray[np.bool_]
     gene_names: list[str]
     scaling: Scaling
+    layers: tuple[str, str]
 
 
 def velocity_data(
@@ -56,15 +62,17 @@ def velocity_data(
     unspliced: str | None = None,
     device: str | torch.device = "cpu",
 ) -> VelocityData:
-    """The genes that carry dynamics, min-max scaled: from `Ms` and `Mu`, or from the raw layers as they stand (`as_is`).
+    """The genes that carry dynamics, min-max scaled: from `Ms` and `Mu`, or from the raw layers (`as_is`).
 
-    `spliced` and `unspliced` name other layers. The maximum is the 99th percentile. Genes whose 99th percentile is their
-    minimum are left out, and so are those that preprocessing marked in `velocity_genes`, unless `as_is`.
-    Memory: 8 bytes a cell and fitted gene, and once more while it is made.
+    `spliced` and `unspliced` name other layers. The maximum is the 99th percentile. Genes whose 99th percentile is
+    their minimum are left out, and so, unless `as_is`, are those that preprocessing found to carry no dynamics
+    (`velocity_genes`). With `as_is` no ratio of unspliced to spliced is refused. Memory: 8 bytes a cell and fitted
+    gene, and once more while it is made.
 
     Raises `InputError` for missing, malformed, NaN, infinite or negative layers, and where no gene is left.
     """
-    s, u = _layers(adata, as_is, spliced, unspliced)
+    names = (spliced or (keys.SPLICED if as_is else keys.MS), unspliced or (keys.UNSPLICED if as_is else keys.MU))
+    s, u = _layers(adata, names, as_is)
     wanted = np.ones(adata.n_vars, bool)
     if not as_is and keys.VELOCITY_GENES in adata.var:
         wanted = adata.var[keys.VELOCITY_GENES].to_numpy().astype(bool)
@@ -77,22 +85,33 @@ def velocity_data(
         )
     scaling = Scaling(u_zero[genes], (u_top - u_zero)[genes], s_zero[genes], (s_top - s_zero)[genes])
     molecules = torch.empty(2, adata.n_obs, int(genes.sum()))
-    for i, (layer, zero, unit) in enumerate(
-        ((u, scaling.u_zero, scaling.u_unit), (s, scaling.s_zero, scaling.s_unit))
-    ):
+    for i, (layer, zero, unit) in enumerate(((u, scaling.u_zero, scaling.u_unit), (s, scaling.s_zero, scaling.s_unit))):
         molecules[i] = torch.from_numpy((_dense(layer[:, genes]) - zero) / unit)
     ratio = torch.from_numpy(scaling.u_unit / scaling.s_unit)
     cells = Cells(molecules.to(device), ratio.to(device))
-    return VelocityData(cells, genes, adata.var_names[genes].tolist(), scaling)
+    return VelocityData(cells, adata.obs_names, genes, adata.var_names[genes].tolist(), scaling, names)
 
 
-def _layers(adata: AnnData, as_is: bool, spliced: str | None, unspliced: str | None) -> tuple[Any, Any]:
+def check_same(adata: AnnData, data: VelocityData) -> None:
+    """Raises `InputError` unless `adata` has the cells and genes of `data`, in their order."""
+    shape = (len(data.cells), len(data.genes))
+    if adata.shape != shape:
+        raise InputError(
+            f"Expected the AnnData that was fitted, of shape {shape}; got {adata.shape}. Write into that one."
+        )
+    same_genes = adata.var_names[data.genes].tolist() == data.gene_names
+    if not (same_genes and adata.obs_names.equals(data.cell_names)):
+        what = "cells" if same_genes else "genes"
+        raise InputError(f"Expected the {what} that were fitted, in their order; got others. Write into that AnnData.")
+
+
+def _layers(adata: AnnData, names: tuple[str, str], as_is: bool) -> tuple[Any, Any]:
     """Spliced and unspliced, checked."""
     if as_is:
-        return checked_layers(adata, spliced=spliced or keys.SPLICED, unspliced=unspliced or keys.UNSPLICED)
+        return checked_layers(adata, spliced=names[0], unspliced=names[1], max_unspliced_ratio=NO_LIMIT)
     check_adata(adata)
-    names = (spliced or keys.MS, unspliced or keys.MU)
-    if keys.MS not in adata.layers and spliced is None:
+    check_two(*names)
+    if names[0] == keys.MS and keys.MS not in adata.layers:
         raise InputError(
             f"Layer {keys.MS!r} is missing; present: {sorted(map(str, adata.layers))}. "
             "Run pyro_velo.pp.prepare(adata) first, or fit the layers as they are with as_is=True."
@@ -122,7 +141,7 @@ def _dense(layer: Any) -> Array:
 def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *, about: dict[str, Any]) -> None:
     """Put every summary where `anndata_keys` says, in the layers' own units; genes that were not fitted hold NaN.
 
-    All that can fail is done before the first key is written.
+    All that can fail is done before the first key is written. A view becomes an AnnData of its own.
     """
     scale, genes = data.scaling, data.genes
     layers = {
@@ -136,21 +155,23 @@ def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *,
         # The kinetics live in units of scaled spliced, for both molecules.
         keys.FIT_U: posterior.u * scale.s_unit + scale.u_zero,
     }
-    var = _gene_columns(posterior, scale)
-    everywhere = {name: _spread(values, genes, 1) for name, values in layers.items()}
+    everywhere = {name: _spread(values, genes) for name, values in layers.items()}
+    var = {name: _spread(column, genes) for name, column in _gene_columns(posterior, scale).items()}
+    time = latent_time(posterior.t, posterior.log_likelihood)
     # 255 marks a gene that was not fitted: whole numbers have no NaN.
     states = np.full(adata.shape, 255, np.uint8)
     states[:, genes] = posterior.state
-    for name, values in everywhere.items():
+    if adata.is_view:
+        adata._init_as_actual(adata.copy())
+    for name, values in (everywhere | {keys.FIT_STATE: states}).items():
         adata.layers[name] = values
-    adata.layers[keys.FIT_STATE] = states
-    for name, column in var.items():
-        adata.var[name] = _spread(column, genes, 0)
-    adata.var[keys.VELOCITY_GENES] = genes
-    adata.obs[keys.LATENT_TIME] = latent_time(posterior.t, posterior.log_likelihood)
+    for name, column in (var | {keys.VELOCITY_GENES: genes}).items():
+        adata.var[name] = column
+    adata.obs[keys.LATENT_TIME] = time
     adata.obs[keys.VELOCITY_UNCERTAINTY] = posterior.uncertainty
     adata.obsm[keys.LATENT] = posterior.z
-    adata.uns[keys.UNS] = {**adata.uns.get(keys.UNS, {}), **about}
+    fitted = {keys.UNS_LAYERS: dict(zip((keys.SPLICED, keys.UNSPLICED), data.layers, strict=True))}
+    adata.uns[keys.UNS] = {**adata.uns.get(keys.UNS, {}), **about, **fitted}
 
 
 def _gene_columns(posterior: Posterior, scale: Scaling) -> dict[str, Array]:
@@ -171,10 +192,9 @@ def _gene_columns(posterior: Posterior, scale: Scaling) -> dict[str, Array]:
     return columns
 
 
-def _spread(values: Array, genes: NDArray[np.bool_], axis: int) -> Array:
-    """Values of the fitted genes among all genes, NaN elsewhere."""
-    shape = (values.shape[0], len(genes)) if axis else (len(genes),)
-    out = np.full(shape, np.nan, np.float32)
+def _spread(values: Array, genes: NDArray[np.bool_]) -> Array:
+    """Values of the fitted genes, (..., fitted), among all genes, (..., G), NaN elsewhere."""
+    out = np.full((*values.shape[:-1], len(genes)), np.nan, np.float32)
     out[..., genes] = values
     return out
 

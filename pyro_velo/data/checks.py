@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_velo.data.anndata_keys import LAYERS_OUT, OBS_OUT, OBSM_OUT, SPLICED, UNS, UNSPLICED, VAR_OUT
+from pyro_velo.data.anndata_keys import LAYERS_OUT, OBS_OUT, OBSM_OUT, SPLICED, UNS, UNS_PREPARE, UNSPLICED, VAR_OUT
 from pyro_velo.data.matrices import Matrix, checked_matrix, sums
 from pyro_velo.errors import InputError
 
@@ -20,6 +20,7 @@ MAX_UNSPLICED_RATIO = 4.0
 """Unspliced over spliced counts above which the two are taken to be swapped.
 
 Cells have .1 to .5 (the pancreas .21, so 4.8 when swapped), nuclei 1 to 4."""
+NO_LIMIT = float("inf")
 LISTED = 20
 """How many of the names that are there an error lists."""
 
@@ -46,8 +47,7 @@ def checked_layers(
     zeros alone, for unspliced counts above `max_unspliced_ratio` times the spliced ones (inf: never), for empty cells.
     """
     check_adata(adata)
-    if spliced == unspliced:
-        raise InputError(f"Spliced and unspliced are both the layer {spliced!r}, expected two; name one for each.")
+    check_two(spliced, unspliced)
     for name in (spliced, unspliced):
         check_key(adata, "layers", name)
     layers = Layers(*(_checked_layer(adata, name) for name in (spliced, unspliced)))
@@ -59,6 +59,12 @@ def checked_layers(
             "come from the same genes."
         )
     return layers
+
+
+def check_two(spliced: str, unspliced: str) -> None:
+    """Raises `InputError` if both molecules are named after one layer."""
+    if spliced == unspliced:
+        raise InputError(f"Spliced and unspliced are both the layer {spliced!r}, expected two; name one for each.")
 
 
 def expressed_genes(layers: Layers) -> NDArray[np.bool_]:
@@ -171,8 +177,11 @@ def check_output_keys(adata: AnnData, *, overwrite: bool = False) -> None:
     """Raises `InputError`, listing them, if keys that a fit writes are there already and may not be replaced."""
     if overwrite:
         return
-    written = {"layers": LAYERS_OUT, "var": VAR_OUT, "obs": OBS_OUT, "obsm": OBSM_OUT, "uns": (UNS,)}
+    written = {"layers": LAYERS_OUT, "var": VAR_OUT, "obs": OBS_OUT, "obsm": OBSM_OUT}
     taken = [f"{where}[{key!r}]" for where, keys in written.items() for key in keys if key in getattr(adata, where)]
+    # Preparing leaves a note of its own under the same key.
+    if set(adata.uns.get(UNS, ())) - {UNS_PREPARE}:
+        taken.append(f"uns[{UNS!r}]")
     if taken:
         listed = ", ".join(taken[:LISTED]) + (f" and {len(taken) - LISTED} more" if len(taken) > LISTED else "")
         raise InputError(
@@ -199,8 +208,8 @@ def _check_totals(layers: Layers, names: tuple[str, str], max_ratio: float) -> N
     if ratio > max_ratio:
         raise InputError(
             f"Layer {names[1]!r} holds {ratio:.1f} times the counts of {names[0]!r}, expected at most {max_ratio:g} "
-            "times; if the two are swapped, exchange their names, and if these are single nuclei, raise the limit "
-            "(max_unspliced_ratio)."
+            "times; if the two are swapped, exchange their names, and if these are single nuclei, pass --nuclei (in "
+            "Python: a higher max_unspliced_ratio)."
         )
 
 

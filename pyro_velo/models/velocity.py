@@ -33,20 +33,23 @@ MOLECULES = ("unspliced", "spliced")
 
 
 class Means(NamedTuple):
-    """What each state says of each cell and gene, states leading: `u` and `s`, (4, B, G), in units of scaled spliced."""
+    """What each state says of each cell and gene: `u` and `s`, (4, B, G), both in units of scaled spliced."""
 
     u: Tensor
     s: Tensor
 
 
 class Explained(NamedTuple):
-    """What one posterior draw says of a batch: states leading (4, B, G), the rates (G,)."""
+    """What one draw says of a batch: `log_joint` (4, B, G), and per state `u`, `s`, `velocity` and `t`.
 
-    rates: Rates
-    means: Means
-    velocity: Tensor
-    t: Tensor
+    The entries of the four tuples broadcast to (B, G): in a steady state a gene has one number, or none of its own.
+    """
+
     log_joint: Tensor
+    u: tuple[Tensor | float, ...]
+    s: tuple[Tensor | float, ...]
+    velocity: tuple[Tensor | float, ...]
+    t: tuple[Tensor | float, ...]
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class VelocityProgram(nn.Module):
         self.recipe, self.n_genes = recipe, cells.n_genes
         self.start = recipe.initial(cells)
         self.times = Decoder(recipe.n_latent, cells.n_genes, recipe.hidden, heads=2)
+        self.ratio: Tensor
+        self.state_scale: Tensor
         self.register_buffer("ratio", torch.as_tensor(cells.ratio).to(cells.molecules))
         # c_k: in the repression steady state nothing is left to vary (veloVI: c_4 = 0.1).
         self.register_buffer("state_scale", cells.molecules.new_tensor([1.0, 1.0, 1.0, 0.1])[:, None, None])
@@ -125,7 +130,7 @@ class VelocityProgram(nn.Module):
                 pyro.sample("molecules", mixture, obs=batch.molecules.movedim(0, -1))
 
     def latent_times(self, switch: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Time since the start in induction, and since the switch in repression, (B, G), of latent vectors `z` (B, d)."""
+        """Time since the start in induction, and since the switch in repression, (B, G), from `z` (B, d)."""
         rho_induction, rho_repression = torch.sigmoid(self.times(z))
         return rho_induction * switch, rho_repression * (T_MAX - switch)
 
@@ -152,8 +157,13 @@ class VelocityProgram(nn.Module):
         rates, z = Rates(*(values[name] for name in RATES)), values["z"].squeeze(-2)
         t_on, t_off = self.latent_times(rates.switch_time, z)
         means = self.means(rates, t_on, t_off)
-        zero = torch.zeros_like(t_on)
-        t = torch.stack((t_on, rates.switch_time.expand_as(zero), rates.switch_time + t_off, zero + T_MAX))
         mixture = self.mixture(self.recipe.states.log_weights(values["pi"]), means, values)
-        # In both steady states beta u = gamma s, so their velocity is 0 without a special case.
-        return Explained(rates, means, velocity(rates, *means), t, mixture.log_joint(batch.molecules.movedim(0, -1)))
+        (u_on, _, u_off, _), (s_on, _, s_off, _) = means
+        return Explained(
+            log_joint=mixture.log_joint(batch.molecules.movedim(0, -1)),
+            u=(u_on, rates.alpha / rates.beta, u_off, 0.0),
+            s=(s_on, rates.alpha / rates.gamma, s_off, 0.0),
+            # In both steady states beta u = gamma s.
+            velocity=(velocity(rates, u_on, s_on), 0.0, velocity(rates, u_off, s_off), 0.0),
+            t=(t_on, rates.switch_time, rates.switch_time + t_off, T_MAX),
+        )

@@ -61,12 +61,10 @@ def gene_column(adata: Annotated, layer: str, position: int, remedy: str = FIT) 
     return dense.ravel().astype(np.float64)
 
 
-def abundance(adata: Annotated, smoothed: str, counts: str, position: int) -> tuple[NDArray[np.float64], str]:
-    """One gene of the layer that was fitted, and the layer's name: the smoothed one, else (`--as-is`) the one given."""
-    layer = smoothed if smoothed in adata.layers else counts
-    if layer not in adata.layers:
-        raise missing("layers", smoothed, adata.layers.keys(), PREPARE)
-    return gene_column(adata, layer, position), layer
+def abundance(adata: Annotated, position: int) -> tuple[tuple[NDArray[np.float64], str], ...]:
+    """One gene of the layers that were fitted, spliced and unspliced, each with the layer's name."""
+    names = keys.fitted_layers(adata.uns, adata.layers.keys())
+    return tuple((gene_column(adata, name, position, PREPARE), name) for name in names)
 
 
 def per_gene(adata: Annotated, name: str) -> NDArray[np.float64]:

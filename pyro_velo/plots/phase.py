@@ -50,8 +50,7 @@ def phase_portrait(
     if not 0 < band < 1:
         raise InputError(f"Expected a band between 0 and 1, got {band}. Use 0.9 for a 90 % band.")
     fit, position = gene_fit(adata, gene), gene_position(adata, gene)
-    s, s_name = abundance(adata, keys.MS, keys.SPLICED, position)
-    u, u_name = abundance(adata, keys.MU, keys.UNSPLICED, position)
+    (s, s_name), (u, u_name) = abundance(adata, position)
     coloring = _coloring(adata, position, color)
     curve = fitted_curve(fit)
     ax = canvas(ax, 5.6 if key else 4.6, 3.8)

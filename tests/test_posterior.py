@@ -1,0 +1,184 @@
+"""The summaries of the posterior: streamed, and yet what all draws at once would give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from pyro import poutine
+from small import small_cells, small_fit
+
+from pyro_velo import posterior as module
+from pyro_velo.batch import Cells
+from pyro_velo.errors import InputError
+from pyro_velo.posterior import directional_uncertainty, quantiles, summarise
+
+DRAWS = 40
+LAYERS = ("velocity", "velocity_sd", "velocity_q05", "velocity_q95", "t", "t_sd", "u", "s")
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return small_cells()
+
+
+@pytest.fixture(scope="module")
+def fitted(cells):
+    return small_fit(cells)
+
+
+@pytest.fixture(scope="module")
+def summary(fitted, cells):
+    return summarise(fitted, cells, draws=DRAWS, progress=False)
+
+
+def all_at_once(fitted, cells, over_states, seed=0):
+    """Every draw of every cell, (draws, cells, genes): rates once a draw, then the cells given them."""
+    batch = cells.batch(torch.arange(len(cells)))
+    names = (*module.RATES, "noise_unspliced", "noise_spliced")
+    out = {name: [] for name in ("velocity", "t", "u", "s", "p", "log_p", "z", *names)}
+    with fitted.parameters(), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        one_cell = cells.batch(torch.arange(1))
+        rates = [poutine.trace(fitted.guide).get_trace(one_cell).nodes for _ in range(DRAWS)]
+        rates = [{name: nodes[name]["value"] for name in nodes if shared(nodes[name])} for nodes in rates]
+        for given in rates:
+            trace = poutine.trace(pyro.condition(fitted.guide, data=given)).get_trace(batch)
+            values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
+            explained = fitted.program.explain(values, batch)
+            p = torch.softmax(explained.log_joint, 0)
+            w = p if over_states == "expected" else torch.nn.functional.one_hot(p.argmax(0), 4).movedim(-1, 0)
+            for name in ("velocity", "t", "u", "s"):
+                each = [torch.as_tensor(x).expand_as(batch.u) for x in getattr(explained, name)]
+                out[name].append((w * torch.stack(each)).sum(0))
+            out["p"].append(p)
+            out["log_p"].append(torch.logsumexp(explained.log_joint, 0))
+            out["z"].append(values["z"].squeeze(-2))
+            for name in names:
+                out[name].append(values[name])
+    return {name: torch.stack(values) for name, values in out.items()}
+
+
+def shared(site):
+    return site["type"] == "sample" and [frame.name for frame in site["cond_indep_stack"]] == ["genes"]
+
+
+@pytest.mark.parametrize("over_states", ["expected", "most likely"])
+def test_streaming_gives_what_all_draws_at_once_give(fitted, cells, over_states):
+    found = summarise(fitted, cells, draws=DRAWS, over_states=over_states, progress=False)
+    whole = all_at_once(fitted, cells, over_states)
+    v, close = whole["velocity"], {"rtol": 1e-4, "atol": 1e-5}
+    assert_allclose(found.velocity, v.mean(0), **close)
+    assert_allclose(found.velocity_sd, v.std(0), **close)
+    assert_allclose(found.velocity_q05, torch.quantile(v, 0.05, 0), **close)
+    assert_allclose(found.velocity_q95, torch.quantile(v, 0.95, 0), **close)
+    assert_allclose(found.t, whole["t"].mean(0), **close)
+    assert_allclose(found.t_sd, whole["t"].std(0), rtol=1e-3, atol=1e-4)
+    for name in ("u", "s", "z"):
+        assert_allclose(getattr(found, name), whole[name].mean(0), **close)
+    probability = whole["p"].mean(0)
+    assert_array_equal(found.state, probability.argmax(0))
+    assert_allclose(found.state_use, probability.mean(1), **close)
+    assert_allclose(found.log_likelihood, whole["log_p"].mean((0, 1)), **close)
+    for name in module.RATES:
+        assert_allclose(found.rates[name], whole[name].mean(0), **close)
+        assert_allclose(found.rates_sd[name], whole[name].std(0), **close)
+    mean = v.mean(0)
+    # A draw of no velocity at all points nowhere: its cosine counts 0.
+    cosine = ((v * mean).sum(-1) / (v.norm(dim=-1) * mean.norm(dim=-1))).nan_to_num(0.0)
+    assert_allclose(found.uncertainty, cosine.var(0), rtol=1e-3, atol=1e-6)
+
+
+def in_batches_of(monkeypatch, n_cells):
+    batches = Cells.batches
+    monkeypatch.setattr(Cells, "batches", lambda cells, index, _: batches(cells, index, n_cells))
+
+
+@pytest.mark.parametrize("size", [7, 39])
+def test_the_size_of_a_batch_changes_the_noise_and_nothing_else(fitted, cells, summary, monkeypatch, size):
+    in_batches_of(monkeypatch, size)
+    other = summarise(fitted, cells, draws=DRAWS, progress=False)
+    # The rates are drawn first, for all cells: they are the same to the bit.
+    for name in module.RATES:
+        assert_array_equal(other.rates[name], summary.rates[name])
+    error = np.hypot(summary.velocity_sd, other.velocity_sd) / np.sqrt(DRAWS)
+    scores = (other.velocity - summary.velocity) / error
+    assert np.abs(scores).max() < 5 and np.sqrt(np.mean(scores**2)) < 1.5
+    assert other.z.shape == summary.z.shape
+
+
+def test_cells_stay_in_their_order(fitted, cells, summary):
+    """Cells that come in reverse get reversed summaries: nothing depends on the place in a batch but the noise."""
+    backwards = type(cells)(cells.molecules.flip(1), cells.ratio)
+    other = summarise(fitted, backwards, draws=DRAWS, progress=False)
+    error = np.hypot(summary.velocity_sd, other.velocity_sd[::-1]) / np.sqrt(DRAWS)
+    assert (np.abs(other.velocity[::-1] - summary.velocity) < 5 * error).all()
+
+
+def test_a_draws_rates_are_shared_by_all_cells(fitted, cells, monkeypatch):
+    seen = []
+    explain = type(fitted.program).explain
+
+    def spy(self, values, batch):
+        seen.append((values["alpha"].clone(), values["z"].shape[0]))
+        return explain(self, values, batch)
+
+    monkeypatch.setattr(type(fitted.program), "explain", spy)
+    in_batches_of(monkeypatch, 16)
+    summarise(fitted, cells, draws=DRAWS, progress=False)
+    assert [n for _, n in seen[::DRAWS]] == [16, 16, 8]
+    draws = [torch.stack([alpha for alpha, _ in seen[i : i + DRAWS]]) for i in range(0, len(seen), DRAWS)]
+    assert all(torch.equal(part, draws[0]) for part in draws)
+    assert len(torch.unique(draws[0][:, 0])) == DRAWS
+
+
+def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_state(fitted, cells, summary):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again = summarise(fitted, cells, draws=DRAWS, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name in (*LAYERS, "state", "z", "uncertainty", "log_likelihood"):
+        assert_array_equal(getattr(again, name), getattr(summary, name))
+    assert (summarise(fitted, cells, draws=DRAWS, seed=1, progress=False).velocity != summary.velocity).all()
+    assert list(pyro.get_param_store().keys()) == []
+
+
+def test_numbers_are_in_their_ranges(summary):
+    for name in LAYERS:
+        assert getattr(summary, name).shape == (40, 5) and np.isfinite(getattr(summary, name)).all()
+    assert (summary.velocity_q05 <= summary.velocity_q95).all() and (summary.velocity_sd > 0).all()
+    assert (summary.t >= 0).all() and (summary.t <= 20).all() and (summary.u >= 0).all() and (summary.s >= 0).all()
+    assert set(np.unique(summary.state)) <= {0, 1, 2, 3}
+    assert_allclose(summary.state_use.sum(0), 1, rtol=1e-5)
+    assert (summary.uncertainty >= 0).all() and (summary.uncertainty <= 1).all()
+    assert {*module.RATES, "noise_unspliced", "noise_spliced"} == summary.rates.keys()
+
+
+@pytest.mark.parametrize("n", [2, 3, 20, 101])
+@pytest.mark.parametrize("level", [0.0, 0.05, 0.5, 0.95, 1.0])
+def test_quantiles_are_torchs(n, level):
+    draws = torch.randn(n, 4, 3, dtype=torch.float64)
+    (found,) = quantiles(draws, (level,))
+    torch.testing.assert_close(found, torch.quantile(draws, level, 0))
+
+
+def test_uncertainty_is_none_where_all_draws_agree_and_large_where_they_oppose():
+    agree = torch.rand(1, 3, 5).expand(10, 3, 5) * torch.rand(10, 3, 1)
+    assert_allclose(directional_uncertainty(agree), 0, atol=1e-10)
+    across = torch.tensor([[1.0, 0.1], [-1.0, 0.1]]).repeat(5, 1)[:, None]
+    cosine = 0.1 / np.hypot(1.0, 0.1)
+    assert_allclose(directional_uncertainty(across), 0, atol=1e-6)
+    some = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])[:, None]
+    assert_allclose(directional_uncertainty(some), np.var([1, 1, -1], ddof=1), rtol=1e-6)
+    assert cosine < 0.2
+    # The length of the velocity says nothing of its direction.
+    draws = torch.randn(20, 4, 6)
+    torch.testing.assert_close(directional_uncertainty(draws), directional_uncertainty(7 * draws))
+
+
+@pytest.mark.parametrize("draws", [1, 0, -2])
+def test_one_draw_has_no_spread(fitted, cells, draws):
+    with pytest.raises(InputError, match=f"Expected 2 draws or more.*got {draws}"):
+        summarise(fitted, cells, draws=draws)

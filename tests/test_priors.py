@@ -1,0 +1,79 @@
+"""Laws of the priors: what is believed is what was said, and what cannot be believed is refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pyro.distributions as dist
+import pytest
+import torch
+from tolerances import assert_close, assert_mean
+
+from pyro_velo.kinetics import T_MAX
+from pyro_velo.priors import Centered, Priors
+
+START = {"alpha": torch.tensor([0.2, 1.0, 30.0]), "noise_unspliced": torch.tensor([0.1, 0.2, 0.3])}
+
+
+@pytest.mark.parametrize("sd", [0.1, 1.0, 2.0])
+def test_centered_is_log_normal_around_the_start(sd: float, double: None) -> None:
+    start = START["alpha"].double()
+    prior = Centered(sd)(start)
+    assert prior.batch_shape == (3,)
+    assert_close(prior.cdf(start), 0.5)
+    one_sd = dist.Normal(0.0, 1.0).cdf(torch.tensor(1.0))
+    assert_close(prior.cdf(start * torch.tensor(sd).exp()), one_sd)
+    assert_mean(prior.sample((20_000,)).log(), start.log())
+
+
+def test_centered_is_the_same_belief_in_any_unit(double: None) -> None:
+    start, value, unit = START["alpha"].double(), torch.rand(3), 1000.0
+    # A density changes by the unit's Jacobian, and by nothing else.
+    assert_close(Centered()(unit * start).log_prob(unit * value), Centered()(start).log_prob(value) - unit_log(unit))
+
+
+def unit_log(unit: float) -> torch.Tensor:
+    return torch.tensor(unit).log()
+
+
+@pytest.mark.parametrize("concentration", [0.0, -1.0, float("nan")])
+def test_a_concentration_that_no_dirichlet_has_is_refused(concentration: float) -> None:
+    with pytest.raises(ValueError, match=rf"Expected a Dirichlet concentration.*got {concentration}.*0\.25"):
+        Priors(concentration=concentration)
+
+
+def test_a_distribution_is_taken_as_it_is_and_a_function_is_given_the_start() -> None:
+    fixed, seen = dist.LogNormal(0.0, 0.5), []
+
+    def of_start(start: torch.Tensor) -> dist.Distribution:
+        seen.append(start)
+        return dist.Gamma(2.0, 2 / start)
+
+    priors = Priors(beta=fixed, alpha=of_start)
+    assert priors.of("beta", {}) is fixed
+    assert_close(priors.of("alpha", START).mean, START["alpha"])
+    assert seen[0] is START["alpha"]
+
+
+def test_both_molecules_share_one_kind_of_prior_around_their_own_start() -> None:
+    prior = Priors(noise=Centered(0.3)).of("noise_unspliced", START, kind="noise")
+    assert_close(prior.base_dist.loc, START["noise_unspliced"].log())
+    assert_close(prior.base_dist.scale, 0.3)
+
+
+def test_a_misspelt_prior_is_refused() -> None:
+    with pytest.raises(TypeError, match="betta"):
+        Priors(betta=dist.LogNormal(0.0, 1.0))
+
+
+def test_the_switch_may_be_at_any_time() -> None:
+    switch = Priors().of("switch_time", START)
+    assert (switch.low, switch.high) == (0.0, T_MAX)
+
+
+def test_priors_are_values() -> None:
+    one = Priors()
+    assert replace(one, concentration=1.0).concentration == 1.0 and one.concentration == 0.25
+    with pytest.raises(AttributeError):
+        one.concentration = 2.0
+    assert len({field.name for field in fields(Priors)}) == 7
