@@ -36,8 +36,8 @@ def lag(beta: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
     gap = (gamma - beta).abs() * tau
     # The slower decay is factored out, so the exponent stays negative and nothing overflows.
     # Below 1e-3 the quotient's gradient would be a difference of equal numbers, so the series takes over.
-    series = 1 - gap / 2 * (1 - gap / 3 * (1 - gap / 4))
-    ratio = torch.where(gap > 1e-3, -torch.expm1(-gap) / gap.clamp_min(1e-3), series)
+    small, large = gap.clamp_max(1e-3), gap.clamp_min(1e-3)
+    ratio = torch.where(gap > 1e-3, -torch.expm1(-large) / large, 1 - small / 2 * (1 - small / 3 * (1 - small / 4)))
     return tau * torch.exp(-torch.minimum(beta, gamma) * tau) * ratio
 
 

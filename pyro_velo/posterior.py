@@ -25,10 +25,10 @@ from pyro_velo.train import Fitted
 Array = NDArray[np.float32]
 OverStates = Literal["expected", "most likely"]
 
-CELLS_GENES_AT_ONCE = 128 * 1024
-"""Cells x genes that are looked at together: small enough for the cache, large enough to keep two cores busy.
+CELLS_GENES_AT_ONCE = 256 * 1024
+"""Cells x genes that are looked at together: measured; smaller batches pay more overhead, larger ones leave the cache.
 
-With D draws they hold 8 D bytes each, 100 MiB for 100 draws."""
+The draws of one batch take 1 MiB each, 100 MiB for 100 draws."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,16 @@ class Posterior:
 
 
 class _Draws(NamedTuple):
-    """One batch: velocities and times of every draw (D, B, G), and running means of the rest."""
+    """One batch: the velocity in every draw (D, B, G), and moments over the draws of it and of the rest."""
 
-    velocity: Tensor
-    t: Tensor
-    u: Tensor
-    s: Tensor
-    probability: Tensor
-    log_likelihood: Tensor
-    z: Tensor
+    velocities: Tensor
+    velocity: Moments
+    t: Moments
+    u: Moments
+    s: Moments
+    probability: Moments
+    log_likelihood: Moments
+    z: Moments
 
 
 @torch.no_grad()
@@ -129,22 +130,58 @@ def _draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tens
 
 def _draw_batch(fitted: Fitted, batch: Batch, rates: list[dict[str, Tensor]], over_states: OverStates) -> _Draws:
     """Every draw for one batch."""
-    shape = (len(rates), len(batch.index), batch.u.shape[-1])
-    velocity, t = batch.u.new_empty(shape), batch.u.new_empty(shape)
-    sums: list[Tensor] | None = None
+    velocity = batch.u.new_empty(len(rates), *batch.u.shape)
+    names = ("velocity", "t", "u", "s", "probability", "log_likelihood", "z")
+    moments = {name: Moments() for name in names}
     for i, shared in enumerate(rates):
         values = _values(fitted, batch, shared)
         explained: Explained = fitted.program.explain(values, batch)
-        log_likelihood = explained.log_joint.logsumexp(0)
-        probability = explained.log_joint.sub_(log_likelihood).exp_()
+        probability, log_likelihood = _posterior_of_states(explained.log_joint)
         weights = probability if over_states == "expected" else _one_hot(probability)
         velocity[i] = over(weights, explained.velocity)
-        t[i] = over(weights, explained.t)
-        u, s = over(weights, explained.u), over(weights, explained.s)
-        parts = [u, s, probability, log_likelihood, values["z"].squeeze(-2)]
-        sums = parts if sums is None else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
-    assert sums is not None
-    return _Draws(velocity, t, *(total / len(rates) for total in sums))
+        moments["velocity"].add(velocity[i])
+        moments["t"].add(over(weights, explained.t))
+        for name, value in (
+            ("u", over(weights, explained.u)),
+            ("s", over(weights, explained.s)),
+            ("probability", probability),
+            ("log_likelihood", log_likelihood),
+            ("z", values["z"].squeeze(-2)),
+        ):
+            moments[name].add(value, spread=False)
+    return _Draws(velocity, **moments)
+
+
+def _posterior_of_states(log_joint: Tensor) -> tuple[Tensor, Tensor]:
+    """p(k | u, s) (4, B, G), made in the memory of `log_joint`, and log p(u, s) (B, G)."""
+    peak = log_joint.amax(0)
+    probability = log_joint.sub_(peak).exp_()
+    total = probability.sum(0)
+    return probability.div_(total), total.log_().add_(peak)
+
+
+class Moments:
+    """Mean and sd of arrays that come one by one (Welford 1962), without keeping them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.empty(0)
+
+    def add(self, value: Tensor, *, spread: bool = True) -> None:
+        """Take one more array into account; without `spread`, for the mean alone."""
+        self.count += 1
+        if self.count == 1:
+            self.mean, self.squares = value.clone(), torch.zeros_like(value)
+            return
+        gap = value - self.mean
+        self.mean.add_(gap, alpha=1 / self.count)
+        if spread:
+            self.squares.addcmul_(gap, gap, value=(self.count - 1) / self.count)
+
+    @property
+    def sd(self) -> Tensor:
+        """The sample sd; meaningful where every array was added with `spread`."""
+        return (self.squares / (self.count - 1)).sqrt()
 
 
 def _values(fitted: Fitted, batch: Batch, shared: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -182,17 +219,16 @@ class _Summary:
 
     def add(self, index: NDArray, draws: _Draws) -> None:
         """Summarise the draws of the cells at `index`."""
-        low, high = quantiles(draws.velocity, (0.05, 0.95))
-        summaries = (
-            draws.velocity.mean(0), draws.velocity.std(0), low, high, draws.t.mean(0), draws.t.std(0), draws.u, draws.s,
-        )  # fmt: skip
+        low, high = quantiles(draws.velocities, (0.05, 0.95))
+        v, t = draws.velocity, draws.t
+        summaries = (v.mean, v.sd, low, high, t.mean, t.sd, draws.u.mean, draws.s.mean)
         for layer, value in zip(self.layers.values(), summaries, strict=True):
             layer[index] = value.cpu().numpy()
-        self.state[index] = draws.probability.argmax(0).cpu().numpy()
-        self.state_use += draws.probability.sum(1).double().cpu().numpy()
-        self.log_likelihood += draws.log_likelihood.sum(0).double().cpu().numpy()
-        self.uncertainty[index] = directional_uncertainty(draws.velocity).cpu().numpy()
-        self.z[int(index[0])] = draws.z.cpu().numpy()
+        self.state[index] = draws.probability.mean.argmax(0).cpu().numpy()
+        self.state_use += draws.probability.mean.sum(1).double().cpu().numpy()
+        self.log_likelihood += draws.log_likelihood.mean.sum(0).double().cpu().numpy()
+        self.uncertainty[index] = directional_uncertainty(draws.velocities, v.mean).cpu().numpy()
+        self.z[int(index[0])] = draws.z.mean.cpu().numpy()
 
     def finish(self, rates: list[dict[str, Tensor]]) -> Posterior:
         """The summaries of all cells, with those of the rates."""
@@ -227,7 +263,11 @@ def quantiles(draws: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def directional_uncertainty(velocity: Tensor) -> Tensor:
-    """Variance over draws of the cosine between a draw's velocity and the mean draw: (D, B, G) to (B,)."""
-    mean = velocity.mean(0)
-    return torch.nn.functional.cosine_similarity(velocity, mean, dim=-1).var(0)
+def directional_uncertainty(draws: Tensor, mean: Tensor) -> Tensor:
+    """Variance over draws of the cosine between a draw's velocity and the mean one: (D, B, G), (B, G) to (B,).
+
+    A draw without any velocity points nowhere: its cosine counts 0.
+    """
+    along = torch.einsum("dbg,bg->db", draws, mean)
+    lengths = torch.linalg.vector_norm(draws, dim=-1) * torch.linalg.vector_norm(mean, dim=-1)
+    return torch.where(lengths > 0, along / lengths, 0.0).var(0)

@@ -141,7 +141,10 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_state(fitted, c
     assert torch.equal(torch.get_rng_state(), before)
     for name in (*LAYERS, "state", "z", "uncertainty", "log_likelihood"):
         assert_array_equal(getattr(again, name), getattr(summary, name))
-    assert (summarise(fitted, cells, draws=DRAWS, seed=1, progress=False).velocity != summary.velocity).all()
+    # A gene at rest in a cell has a velocity of 0 whatever the draw.
+    moving = summary.velocity != 0
+    other = summarise(fitted, cells, draws=DRAWS, seed=1, progress=False)
+    assert moving.mean() > 0.5 and (other.velocity != summary.velocity)[moving].all()
     assert list(pyro.get_param_store().keys()) == []
 
 
@@ -166,16 +169,18 @@ def test_quantiles_are_torchs(n, level):
 
 def test_uncertainty_is_none_where_all_draws_agree_and_large_where_they_oppose():
     agree = torch.rand(1, 3, 5).expand(10, 3, 5) * torch.rand(10, 3, 1)
-    assert_allclose(directional_uncertainty(agree), 0, atol=1e-10)
+    assert_allclose(directional_uncertainty(agree, agree.mean(0)), 0, atol=1e-10)
     across = torch.tensor([[1.0, 0.1], [-1.0, 0.1]]).repeat(5, 1)[:, None]
     cosine = 0.1 / np.hypot(1.0, 0.1)
-    assert_allclose(directional_uncertainty(across), 0, atol=1e-6)
+    assert_allclose(directional_uncertainty(across, across.mean(0)), 0, atol=1e-6)
     some = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])[:, None]
-    assert_allclose(directional_uncertainty(some), np.var([1, 1, -1], ddof=1), rtol=1e-6)
+    assert_allclose(directional_uncertainty(some, some.mean(0)), np.var([1, 1, -1], ddof=1), rtol=1e-6)
     assert cosine < 0.2
     # The length of the velocity says nothing of its direction.
     draws = torch.randn(20, 4, 6)
-    torch.testing.assert_close(directional_uncertainty(draws), directional_uncertainty(7 * draws))
+    torch.testing.assert_close(
+        directional_uncertainty(draws, draws.mean(0)), directional_uncertainty(7 * draws, 7 * draws.mean(0))
+    )
 
 
 @pytest.mark.parametrize("draws", [1, 0, -2])
