@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pyro_velo import rates as rates
     from pyro_velo import simulate as simulate
     from pyro_velo import states as states
-    from pyro_velo.api import project as project
     from pyro_velo.api import score as score
     from pyro_velo.data import read as read
     from pyro_velo.data import to_anndata as to_anndata
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from pyro_velo.fitting import Fit as Fit
     from pyro_velo.fitting import fit as fit
     from pyro_velo.fitting import load as load
+    from pyro_velo.flow import project as project
     from pyro_velo.models.velocity import SwitchPenalty as SwitchPenalty
     from pyro_velo.models.velocity import VelocityModel as VelocityModel
     from pyro_velo.priors import Centered as Centered
@@ -47,7 +47,7 @@ _MODULES = {"pl": "plots", "pp": "preprocess"} | {
     for name in ("embedding", "guides", "initial", "kinetics", "likelihoods", "metrics", "rates", "simulate", "states")
 }
 _NAMES = {
-    "project": "api",
+    "project": "flow",
     "score": "api",
     "read": "data",
     "to_anndata": "data",

@@ -13,7 +13,6 @@ import torch
 from pyro_velo import embedding, metrics, preprocess, simulate
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data import (
-    check_key,
     check_known,
     check_output,
     check_output_keys,
@@ -29,6 +28,7 @@ from pyro_velo.data.bridge import velocity_data
 from pyro_velo.data.checks import MAX_UNSPLICED_RATIO, NO_LIMIT
 from pyro_velo.errors import InputError
 from pyro_velo.fitting import Fit, fit
+from pyro_velo.flow import units_of_range
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.options import BASIS, COLOR, FitOptions
 from pyro_velo.posterior import check_draws
@@ -80,20 +80,7 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
         save=options.save, resume=options.resume,
     )  # fmt: skip
     fitted.write(adata, draws=options.draws, overwrite=options.overwrite)
-    for basis in _bases(adata):
-        project(adata, basis)
     return fitted
-
-
-def project(adata: AnnData, basis: str = BASIS) -> None:
-    """Write the velocity on an embedding to `obsm['velocity_<basis>']`, beside `obsm['X_<basis>']`.
-
-    Raises InputError for an embedding, a velocity or a neighbour graph that is not there.
-    """
-    graph, velocity, expression = _flow(adata)
-    transitions = embedding.transition_matrix(velocity, expression, graph)
-    arrows = embedding.project(transitions, checked_basis(adata, basis))
-    adata.obsm[keys.velocity_embedding(basis)] = arrows
 
 
 def simulate_file(
@@ -134,7 +121,7 @@ def score(adata: AnnData, clusters: str, edges: list[tuple[str, str]], *, basis:
     labels = checked_labels(adata, clusters)
     for name in {name for edge in edges for name in edge}:
         check_known(name, sorted(set(labels)), f"obs[{clusters!r}]")
-    graph, velocity, expression = _flow(adata)
+    graph, velocity, expression = units_of_range(adata)
     positions = checked_basis(adata, basis)
     arrows = adata.obsm.get(keys.velocity_embedding(basis))
     if arrows is None:
@@ -179,30 +166,6 @@ def _rename_layers(adata: AnnData, options: FitOptions) -> None:
         check_known(str(layer), list(adata.layers), "Layer")
     # Both are looked up before either is put in place, so that they can be exchanged.
     adata.layers.update({name: adata.layers[layer] for name, layer in chosen.items()})
-
-
-def _flow(adata: AnnData) -> tuple[Any, Any, Any]:
-    """Neighbour graph, and the velocity and expression of the fitted genes in units of each gene's range."""
-    if keys.VELOCITY not in adata.layers:
-        raise InputError(f"Layer {keys.VELOCITY!r} is missing; expected a fit. Run pyro-velo fit first.")
-    if "distances" not in adata.obsp:
-        raise InputError(
-            "obsp['distances'] is missing; expected a neighbour graph. Run scanpy.pp.neighbors(adata) first."
-        )
-    layer, _ = keys.fitted_layers(adata.uns, adata.layers.keys())
-    check_key(adata, "layers", layer)
-    measured = adata.layers[layer]
-    dense = measured.toarray() if hasattr(measured, "toarray") else measured
-    velocity, expression = embedding.in_units_of_range(adata.layers[keys.VELOCITY], dense)
-    return adata.obsp["distances"], velocity, expression
-
-
-def _bases(adata: AnnData) -> list[str]:
-    """The embeddings that a velocity can be projected on: any two-dimensional X_... but those that the model made."""
-    if "distances" not in adata.obsp:
-        return []
-    named = [key.removeprefix("X_") for key in adata.obsm if key.startswith("X_") and key != keys.LATENT]
-    return [basis for basis in named if adata.obsm[f"X_{basis}"].shape[1] == 2]
 
 
 def _number(value: float) -> float | None:

@@ -16,6 +16,7 @@ from pyro_velo import checkpoint
 from pyro_velo.data.bridge import VelocityData, check_same, velocity_data, write_posterior
 from pyro_velo.data.checks import check_output_keys
 from pyro_velo.errors import InputError
+from pyro_velo.flow import summarise_cells
 from pyro_velo.forensics import NonFiniteError
 from pyro_velo.guides import Amortized
 from pyro_velo.models.base import Model
@@ -71,6 +72,7 @@ class Fit:
         check_output_keys(adata, overwrite=overwrite)
         posterior = self.posterior(draws=draws, over_states=over_states)
         write_posterior(adata, self.data, posterior, about=self.about(draws, over_states))
+        summarise_cells(adata)
 
     def about(self, draws: int, over_states: str) -> dict[str, Any]:
         """Everything needed to say how the numbers were made."""

@@ -47,7 +47,7 @@ class Point(RateGuide):
 class MeanField(RateGuide):
     """Independent Normals on the unconstrained scale: LogNormal rates, logit-Normal switching times."""
 
-    sd: float = 0.05
+    sd: float = 0.01
 
     def __call__(self, program: Any) -> AutoGuide:
         """AutoNormal, from the start values, with start sd `sd` on the unconstrained scale."""

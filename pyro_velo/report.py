@@ -181,10 +181,10 @@ def _clusters(adata: Annotated, color: str | None) -> list[dict[str, Any]]:
 
 def _genes(adata: Annotated) -> dict[str, Any]:
     ranked = plots.best_genes(adata, RANKED)
-    likelihood = dict(zip(map(str, adata.var_names), per_gene(adata, keys.FIT_LIKELIHOOD), strict=True))
+    explained = dict(zip(map(str, adata.var_names), per_gene(adata, keys.FIT_R2), strict=True))
     fits = {gene: gene_fit(adata, gene) for gene in ranked[:TABLED]}
     table = [
-        {"name": gene, "likelihood": likelihood[gene], "rates": list(zip(fit.mean, fit.sd, strict=True))}
+        {"name": gene, "explained": explained[gene], "rates": list(zip(fit.mean, fit.sd, strict=True))}
         for gene, fit in fits.items()
     ]
     few = ranked[:RATES]
@@ -196,7 +196,7 @@ def _genes(adata: Annotated) -> dict[str, Any]:
         ),
         "ranking": picture(
             lambda ax: plots.gene_ranking(adata, RANKED, ax=ax), 5.4, 1.0 + 0.21 * len(ranked),
-            f"Genes by likelihood, best first: {', '.join(ranked)}.",
+            f"Genes by variance explained, best first: {', '.join(ranked)}.",
         ),
         "table": table,
     }  # fmt: skip

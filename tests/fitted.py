@@ -64,7 +64,7 @@ def _genes(adata: AnnData, rates: kinetics.Rates, rng: np.random.Generator) -> N
     columns = {name: value.numpy().copy() for name, value in zip(keys.RATES, rates, strict=True)}
     columns |= {name: columns[name[:-3]] * rng.uniform(0.03, 0.15, n) for name in keys.RATES_SD}
     columns |= {keys.FIT_STD_U: np.full(n, 0.1), keys.FIT_STD_S: np.full(n, 0.1)}
-    columns |= {keys.FIT_LIKELIHOOD: rng.uniform(0.5, 3, n)}
+    columns |= {keys.FIT_LIKELIHOOD: rng.uniform(0.5, 3, n), keys.FIT_R2: rng.uniform(0.1, 0.95, n)}
     columns |= {keys.FIT_U0: rng.uniform(0, 0.5, n), keys.FIT_S0: rng.uniform(0, 0.5, n)}
     for name, values in columns.items():
         values[-1] = np.nan

@@ -186,3 +186,13 @@ def test_bad_arrays_are_refused(rng: np.random.Generator) -> None:
         embedding.grid(x, v)
     with pytest.raises(InputError, match=r"two cells.*got 0"):
         embedding.grid(np.full((5, 2), np.nan), np.ones((5, 2)))
+
+
+def test_the_potential_of_a_line_is_its_order() -> None:
+    x = np.sort(np.random.default_rng(0).uniform(size=40))
+    near = sparse.csr_matrix((np.abs(x[:, None] - x) < 0.2) & ~np.eye(40, dtype=bool))
+    rows, cols = near.nonzero()
+    ahead = sparse.csr_matrix((x[cols] - x[rows], (rows, cols)), shape=near.shape)
+    # Differences of a potential are recovered exactly, and scaled to [0, 1]; turned round, so is time.
+    np.testing.assert_allclose(embedding.potential(ahead), (x - x.min()) / np.ptp(x), atol=1e-4)
+    np.testing.assert_allclose(embedding.potential(-ahead), (x.max() - x) / np.ptp(x), atol=1e-4)

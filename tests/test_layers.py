@@ -24,7 +24,7 @@ LAYERS: dict[int, set[str]] = {
         *("train", "schedule", "forensics", "checkpoint", "posterior"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
     },
-    4: {"plots", "report", "fitting", "api", "cli", "__init__", "__main__"},
+    4: {"plots", "report", "flow", "fitting", "api", "cli", "__init__", "__main__"},
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 """An entry covers the modules below it too, where they have no entry of their own."""
@@ -41,6 +41,9 @@ SIDEWAYS = {
     ("data", "simulate"),
     ("report", "plots"),
     ("api", "fitting"),
+    ("api", "flow"),
+    ("fitting", "flow"),
+    ("__init__", "flow"),
     ("api", "report"),
     ("cli", "api"),
     ("__main__", "cli"),

@@ -264,10 +264,10 @@ def test_rates_are_drawn_at_their_means_within_their_intervals(adata):
 def test_genes_are_ranked_and_unfitted_ones_left_out(adata):
     ranked = plots.best_genes(adata, 100)
     assert len(ranked) == adata.n_vars - 1 and "Gene11" not in ranked
-    assert (np.diff(adata.var.loc[ranked, keys.FIT_LIKELIHOOD]) <= 0).all()
+    assert (np.diff(adata.var.loc[ranked, keys.FIT_R2]) <= 0).all()
     ax = plots.gene_ranking(adata, 4)
     assert [label.get_text() for label in ax.get_yticklabels()] == ranked[:4]
-    np.testing.assert_array_equal(ax.lines[0].get_xdata(), adata.var.loc[ranked[:4], keys.FIT_LIKELIHOOD])
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), adata.var.loc[ranked[:4], keys.FIT_R2])
 
 
 WITHOUT = {
@@ -284,7 +284,7 @@ WITHOUT = {
     "uncertainty": ("obs", keys.VELOCITY_UNCERTAINTY, plots.uncertainty),
     "shade": ("obs", keys.VELOCITY_UNCERTAINTY, lambda adata: plots.arrows(adata, shade=keys.VELOCITY_UNCERTAINTY)),
     "clusters": ("obs", "clusters", lambda adata: plots.stream(adata, color="clusters")),
-    "likelihood": ("var", keys.FIT_LIKELIHOOD, plots.gene_ranking),
+    "likelihood": ("var", keys.FIT_R2, plots.gene_ranking),
 }
 
 

@@ -109,7 +109,7 @@ def test_it_names_what_was_fitted(page):
 def test_hostile_names_are_shown_and_not_run(adata):
     hostile = "<script>alert('$x')</script>"
     adata.var_names = [hostile, *adata.var_names[1:]]
-    adata.var.loc[hostile, keys.FIT_LIKELIHOOD] = 0.99
+    adata.var.loc[hostile, keys.FIT_R2] = 0.99
     adata.obs["clusters"] = adata.obs["clusters"].cat.rename_categories({"late": '"><img src=x onerror=alert(1)>'})
     adata.uns[keys.UNS]["settings"]["note"] = "</td><script>1</script>"
     page = Page(render(adata, title="<b onclick='x'>"))
@@ -157,7 +157,7 @@ def test_a_file_replaces_the_one_before_it_and_pyplot_stays_untouched(adata, tmp
     [
         ("uns", keys.UNS),
         ("var", keys.FIT_ALPHA),
-        ("var", keys.FIT_LIKELIHOOD),
+        ("var", keys.FIT_R2),
         ("var", "fit_beta_sd"),
         ("layers", keys.FIT_STATE),
         ("layers", "Mu"),

@@ -16,8 +16,8 @@ FIT_ALPHA, FIT_BETA, FIT_GAMMA, FIT_SWITCH = "fit_alpha", "fit_beta", "fit_gamma
 RATES = (FIT_ALPHA, FIT_BETA, FIT_GAMMA, FIT_SWITCH)
 RATES_SD = tuple(f"{name}_sd" for name in RATES)
 FIT_STD_U, FIT_STD_S, FIT_LIKELIHOOD, VELOCITY_GENES = "fit_std_u", "fit_std_s", "fit_likelihood", "velocity_genes"
-FIT_U0, FIT_S0 = "fit_u0", "fit_s0"
-VAR_OUT = (*RATES, *RATES_SD, FIT_STD_U, FIT_STD_S, FIT_LIKELIHOOD, FIT_U0, FIT_S0)
+FIT_U0, FIT_S0, FIT_R2 = "fit_u0", "fit_s0", "fit_r2"
+VAR_OUT = (*RATES, *RATES_SD, FIT_STD_U, FIT_STD_S, FIT_LIKELIHOOD, FIT_R2, FIT_U0, FIT_S0)
 """What a fit adds to var; `velocity_genes` is made by preprocessing already, and is narrowed by the fit."""
 
 LATENT_TIME, VELOCITY_UNCERTAINTY = "latent_time", "velocity_uncertainty"

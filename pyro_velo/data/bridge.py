@@ -156,7 +156,7 @@ def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *,
         keys.FIT_U: posterior.u * scale.s_unit + scale.u_zero,
     }
     everywhere = {name: _spread(values, genes) for name, values in layers.items()}
-    var = {name: _spread(column, genes) for name, column in _gene_columns(posterior, scale).items()}
+    var = {name: _spread(column, genes) for name, column in _gene_columns(posterior, data).items()}
     time = latent_time(posterior.t, posterior.log_likelihood)
     # 255 marks a gene that was not fitted: whole numbers have no NaN.
     states = np.full(adata.shape, 255, np.uint8)
@@ -174,8 +174,9 @@ def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *,
     adata.uns[keys.UNS] = {**adata.uns.get(keys.UNS, {}), **about, **fitted}
 
 
-def _gene_columns(posterior: Posterior, scale: Scaling) -> dict[str, Array]:
+def _gene_columns(posterior: Posterior, data: VelocityData) -> dict[str, Array]:
     """The columns of var, for the fitted genes: alpha in units of Mu per time, noise in units of its own layer."""
+    scale = data.scaling
     columns: dict[str, Array] = {}
     for name, site in zip(keys.RATES, ("alpha", "beta", "gamma", "switch_time"), strict=True):
         unit = scale.s_unit if site == "alpha" else np.float32(1)
@@ -188,8 +189,15 @@ def _gene_columns(posterior: Posterior, scale: Scaling) -> dict[str, Array]:
         if site in posterior.rates:
             columns[name] = posterior.rates[site] * unit
     columns[keys.FIT_LIKELIHOOD] = np.exp(posterior.log_likelihood / 2)
+    u, s = (layer.cpu().numpy() for layer in (data.cells.u * data.cells.ratio, data.cells.s))
+    columns[keys.FIT_R2] = np.minimum(explained_variance(u, posterior.u), explained_variance(s, posterior.s))
     columns[keys.FIT_U0], columns[keys.FIT_S0] = scale.u_zero, scale.s_zero
     return columns
+
+
+def explained_variance(observed: Array, fitted: Array) -> Array:
+    """R2 of each gene, 1 - sum of squared residuals / sum of squares about the mean: (N, G), (N, G) to (G,)."""
+    return np.asarray(1 - ((observed - fitted) ** 2).sum(0) / ((observed - observed.mean(0)) ** 2).sum(0))
 
 
 def _spread(values: Array, genes: NDArray[np.bool_]) -> Array:
@@ -202,7 +210,9 @@ def _spread(values: Array, genes: NDArray[np.bool_]) -> Array:
 def latent_time(t: Array, log_likelihood: Array) -> Array:
     """One time per cell in [0, 1]: the mean rank over genes of the latent time, genes weighted by their likelihood.
 
-    Ranks, because each gene has a clock of its own. Shapes: t (N, G), log_likelihood (G,); returns (N,).
+    It stands where there is no neighbour graph, along which the velocities themselves order the cells
+    (`embedding.potential`): a cell that a gene has not reached yet looks to that gene as one that has left it. Ranks,
+    because each gene has a clock of its own. Shapes: t (N, G), log_likelihood (G,); returns (N,).
     """
     ranks = np.argsort(np.argsort(t, axis=0, kind="stable"), axis=0, kind="stable").astype(np.float32)
     weights = np.exp(log_likelihood - log_likelihood.max())

@@ -11,10 +11,13 @@ from pyro_velo.errors import InputError
 from .canvas import INK, PALE, canvas, open_frame
 from .lookup import FIT, Annotated, per_gene
 
-LABELS = {keys.FIT_LIKELIHOOD: "density of a cell's scaled molecule under the fit (geometric mean over cells)"}
+LABELS = {
+    keys.FIT_R2: "variance explained (R², the lower of unspliced and spliced)",
+    keys.FIT_LIKELIHOOD: "density of a cell's scaled molecule under the fit (geometric mean over cells)",
+}
 
 
-def best_genes(adata: Annotated, n: int, *, by: str = keys.FIT_LIKELIHOOD) -> list[str]:
+def best_genes(adata: Annotated, n: int, *, by: str = keys.FIT_R2) -> list[str]:
     """The names of the `n` fitted genes with the highest `by` (a column of `var`), best first."""
     values = per_gene(adata, by)
     fitted = np.isfinite(values) & np.isfinite(per_gene(adata, keys.FIT_ALPHA))
@@ -24,11 +27,12 @@ def best_genes(adata: Annotated, n: int, *, by: str = keys.FIT_LIKELIHOOD) -> li
     return [str(name) for name in adata.var_names[order[: min(n, int(fitted.sum()))]]]
 
 
-def gene_ranking(adata: Annotated, n: int = 20, *, by: str = keys.FIT_LIKELIHOOD, ax: Axes | None = None) -> Axes:
-    """Draws the `n` fitted genes with the highest `by` (a column of `var`, as a rule the likelihood), best on top.
+def gene_ranking(adata: Annotated, n: int = 20, *, by: str = keys.FIT_R2, ax: Axes | None = None) -> Axes:
+    """Draws the `n` fitted genes with the highest `by` (a column of `var`), best on top.
 
-    The likelihood of a gene is exp(mean over cells of log p(u, s) / 2): the geometric mean density of a molecule on the
-    scaled data. Being a density, it may exceed 1.
+    `fit_r2` is the lower of the two molecules' R2. `fit_likelihood` is exp(mean over cells of log p(u, s) / 2): the
+    geometric mean density of a molecule on the scaled data. A density may exceed 1, and is highest for genes that most
+    cells lack.
 
     Raises InputError if the column is missing or no gene was fitted.
     """

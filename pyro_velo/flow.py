@@ -1,0 +1,59 @@
+"""What a fitted velocity says of the cells together: arrows on an embedding, and one latent time for each cell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pyro_velo import embedding
+from pyro_velo.data import anndata_keys as keys
+from pyro_velo.data.checks import check_key, checked_basis
+from pyro_velo.errors import InputError
+from pyro_velo.options import BASIS
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def project(adata: AnnData, basis: str = BASIS) -> None:
+    """Write the velocity on an embedding to `obsm['velocity_<basis>']`, beside `obsm['X_<basis>']`.
+
+    Raises InputError for an embedding, a velocity or a neighbour graph that is not there.
+    """
+    graph, velocity, expression = units_of_range(adata)
+    transitions = embedding.transition_matrix(velocity, expression, graph)
+    adata.obsm[keys.velocity_embedding(basis)] = embedding.project(transitions, checked_basis(adata, basis))
+
+
+def summarise_cells(adata: AnnData) -> None:
+    """The latent time of each cell from its neighbours, and the velocity on every embedding, where there is a graph."""
+    if "distances" not in adata.obsp:
+        return
+    graph, velocity, expression = units_of_range(adata)
+    cosines = embedding.cosine_correlations(velocity, expression, graph)
+    adata.obs[keys.LATENT_TIME] = embedding.potential(cosines)
+    for basis in _bases(adata):
+        project(adata, basis)
+
+
+def units_of_range(adata: AnnData) -> tuple[Any, Any, Any]:
+    """Neighbour graph, and the velocity and expression of the fitted genes in units of each gene's range."""
+    if keys.VELOCITY not in adata.layers:
+        raise InputError(f"Layer {keys.VELOCITY!r} is missing; expected a fit. Run pyro-velo fit first.")
+    if "distances" not in adata.obsp:
+        raise InputError(
+            "obsp['distances'] is missing; expected a neighbour graph. Run scanpy.pp.neighbors(adata) first."
+        )
+    layer, _ = keys.fitted_layers(adata.uns, adata.layers.keys())
+    check_key(adata, "layers", layer)
+    measured = adata.layers[layer]
+    dense = measured.toarray() if hasattr(measured, "toarray") else measured
+    velocity, expression = embedding.in_units_of_range(adata.layers[keys.VELOCITY], dense)
+    return adata.obsp["distances"], velocity, expression
+
+
+def _bases(adata: AnnData) -> list[str]:
+    """The embeddings that a velocity can be projected on: any two-dimensional X_... but those that the model made."""
+    if "distances" not in adata.obsp:
+        return []
+    named = [key.removeprefix("X_") for key in adata.obsm if key.startswith("X_") and key != keys.LATENT]
+    return [basis for basis in named if adata.obsm[f"X_{basis}"].shape[1] == 2]
