@@ -38,7 +38,7 @@ from pyro_velo.train import TrainSettings
 if TYPE_CHECKING:
     from anndata import AnnData
 
-DEMO_CELLS, DEMO_GENES = 1000, 100
+DEMO_CELLS, DEMO_GENES = 600, 80
 
 
 def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
