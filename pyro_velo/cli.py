@@ -55,7 +55,7 @@ def demo(
 ) -> None:
     """Simulate, fit and report, to see it work.
 
-    Under two minutes on two cores.
+    About two minutes on two cores.
     """
     from pyro_velo import api
 
