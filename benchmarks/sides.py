@@ -87,7 +87,7 @@ class PyroVelo:
 
     def draw(self, fitted: Any, draws: int, batch: int) -> None:
         fit, adata = fitted
-        fit.write(adata.copy(), draws=draws)
+        fit.write(adata, draws=draws, overwrite=True)
 
     def estimates(self, fitted: Any, draws: int, batch: int) -> dict[str, np.ndarray]:
         fit, adata = fitted

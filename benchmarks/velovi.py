@@ -59,8 +59,6 @@ def run(python: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
         **os.environ,
         "OMP_NUM_THREADS": str(task["threads"]),
         "MKL_NUM_THREADS": str(task["threads"]),
-        # Threads that spin while they wait make small kernels 30 times slower where another program holds a core.
-        "OMP_WAIT_POLICY": "passive",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)) if python_is_own(task) else os.environ.get("PYTHONPATH", ""),
     }
     command = [python, str(HERE / "sides.py"), str(task_file), str(result_file)]

@@ -52,11 +52,19 @@ class AmortizedProgram(nn.Module):
         # An autoguide opens the genes' plate itself; a second site of that name would be one too many.
         with poutine.block(hide=["genes"]):
             self.rates(batch)
+        self.cells(batch, self.encode(batch))
+
+    def encode(self, batch: Batch) -> dist.Distribution:
+        """q(z | u, s), which is the same in every draw."""
         pyro.module("encoder", self.encoder)
+        loc, scale = self.encoder(torch.cat((batch.u, batch.s), -1))
+        return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
+
+    def cells(self, batch: Batch, latent: dist.Distribution) -> None:
+        """Draw the cells' sites."""
         pyro.module("state_decoder", self.state_decoder)
         genes = pyro.plate("genes", self.n_genes, dim=-1)
         with pyro.plate("cells", batch.n_cells, subsample=batch.index, dim=-2):
-            loc, scale = self.encoder(torch.cat((batch.u, batch.s), -1))
-            z = pyro.sample("z", dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1))
+            z = pyro.sample("z", latent)
             with genes:
                 self.states.posterior(self.state_decoder(z.squeeze(-2)))

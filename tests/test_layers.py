@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "pyro_velo"
 
 LAYERS: dict[int, set[str]] = {
-    0: {"errors", "options", "version", "kinetics", "special", "batch", "nn", "data.anndata_keys"},
+    0: {"errors", "options", "version", "kinetics", "special", "batch", "nn", "compiled", "data.anndata_keys"},
     1: {"priors", "likelihoods", "states", "initial"},
     2: {"models", "rates", "guides"},
     3: {

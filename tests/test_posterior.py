@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
+
 import numpy as np
 import pyro
 import pytest
@@ -11,7 +14,6 @@ from pyro import poutine
 from small import small_cells, small_fit
 
 from pyro_velo import posterior as module
-from pyro_velo.batch import Cells
 from pyro_velo.errors import InputError
 from pyro_velo.posterior import directional_uncertainty, quantiles, summarise
 
@@ -48,13 +50,14 @@ def all_at_once(fitted, cells, over_states, seed=0):
             trace = poutine.trace(pyro.condition(fitted.guide, data=given)).get_trace(batch)
             values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
             explained = fitted.program.explain(values, batch)
-            p = torch.softmax(explained.log_joint, 0)
+            log_joint = torch.stack(explained.log_joint)
+            p = torch.softmax(log_joint, 0)
             w = p if over_states == "expected" else torch.nn.functional.one_hot(p.argmax(0), 4).movedim(-1, 0)
             for name in ("velocity", "t", "u", "s"):
                 each = [torch.as_tensor(x).expand_as(batch.u) for x in getattr(explained, name)]
                 out[name].append((w * torch.stack(each)).sum(0))
             out["p"].append(p)
-            out["log_p"].append(torch.logsumexp(explained.log_joint, 0))
+            out["log_p"].append(torch.logsumexp(log_joint, 0))
             out["z"].append(values["z"].squeeze(-2))
             for name in names:
                 out[name].append(values[name])
@@ -92,8 +95,8 @@ def test_streaming_gives_what_all_draws_at_once_give(fitted, cells, over_states)
 
 
 def in_batches_of(monkeypatch, n_cells):
-    batches = Cells.batches
-    monkeypatch.setattr(Cells, "batches", lambda cells, index, _: batches(cells, index, n_cells))
+    """Batches of at most `n_cells` of the five genes; all of one size, the last filled up with cells seen already."""
+    monkeypatch.setattr(module, "CELLS_GENES_AT_ONCE", 5 * n_cells)
 
 
 @pytest.mark.parametrize("size", [7, 39])
@@ -128,7 +131,7 @@ def test_a_draws_rates_are_shared_by_all_cells(fitted, cells, monkeypatch):
     monkeypatch.setattr(type(fitted.program), "explain", spy)
     in_batches_of(monkeypatch, 16)
     summarise(fitted, cells, draws=DRAWS, progress=False)
-    assert [n for _, n in seen[::DRAWS]] == [16, 16, 8]
+    assert [n for _, n in seen[::DRAWS]] == [14, 14, 14]
     draws = [torch.stack([alpha for alpha, _ in seen[i : i + DRAWS]]) for i in range(0, len(seen), DRAWS)]
     assert all(torch.equal(part, draws[0]) for part in draws)
     assert len(torch.unique(draws[0][:, 0])) == DRAWS
@@ -181,6 +184,21 @@ def test_uncertainty_is_none_where_all_draws_agree_and_large_where_they_oppose()
     torch.testing.assert_close(
         directional_uncertainty(draws, draws.mean(0)), directional_uncertainty(7 * draws, 7 * draws.mean(0))
     )
+
+
+@pytest.mark.parametrize("over_states", ["expected", "most likely"])
+def test_the_compiled_functions_say_the_same(fitted, cells, monkeypatch, over_states):
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    plain = summarise(fitted, cells, draws=DRAWS, over_states=over_states, progress=False)
+    monkeypatch.setattr("pyro_velo.compiled.WORTH_COMPILING", 0)
+    with warnings.catch_warnings():
+        # What torch says of itself while it compiles is its own affair.
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", "torch.compile failed")
+        fused = summarise(fitted, cells, draws=DRAWS, over_states=over_states, progress=False)
+    for name in (*LAYERS, "z", "uncertainty", "log_likelihood"):
+        assert_allclose(getattr(fused, name), getattr(plain, name), rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("draws", [1, 0, -2])

@@ -144,18 +144,18 @@ def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *,
     All that can fail is done before the first key is written. A view becomes an AnnData of its own.
     """
     scale, genes = data.scaling, data.genes
-    layers = {
-        keys.VELOCITY: posterior.velocity * scale.s_unit,
-        keys.VELOCITY_SD: posterior.velocity_sd * scale.s_unit,
-        keys.VELOCITY_Q05: posterior.velocity_q05 * scale.s_unit,
-        keys.VELOCITY_Q95: posterior.velocity_q95 * scale.s_unit,
-        keys.FIT_T: posterior.t,
-        keys.FIT_T_SD: posterior.t_sd,
-        keys.FIT_S: posterior.s * scale.s_unit + scale.s_zero,
+    unit = scale.s_unit
+    everywhere = {
+        keys.VELOCITY: _spread(posterior.velocity, genes, unit),
+        keys.VELOCITY_SD: _spread(posterior.velocity_sd, genes, unit),
+        keys.VELOCITY_Q05: _spread(posterior.velocity_q05, genes, unit),
+        keys.VELOCITY_Q95: _spread(posterior.velocity_q95, genes, unit),
+        keys.FIT_T: _spread(posterior.t, genes),
+        keys.FIT_T_SD: _spread(posterior.t_sd, genes),
+        keys.FIT_S: _spread(posterior.s, genes, unit, scale.s_zero),
         # The kinetics live in units of scaled spliced, for both molecules.
-        keys.FIT_U: posterior.u * scale.s_unit + scale.u_zero,
+        keys.FIT_U: _spread(posterior.u, genes, unit, scale.u_zero),
     }
-    everywhere = {name: _spread(values, genes) for name, values in layers.items()}
     var = {name: _spread(column, genes) for name, column in _gene_columns(posterior, data).items()}
     time = latent_time(posterior.t, posterior.log_likelihood)
     # 255 marks a gene that was not fitted: whole numbers have no NaN.
@@ -200,10 +200,15 @@ def explained_variance(observed: Array, fitted: Array) -> Array:
     return np.asarray(1 - ((observed - fitted) ** 2).sum(0) / ((observed - observed.mean(0)) ** 2).sum(0))
 
 
-def _spread(values: Array, genes: NDArray[np.bool_]) -> Array:
-    """Values of the fitted genes, (..., fitted), among all genes, (..., G), NaN elsewhere."""
+def _spread(values: Array, genes: NDArray[np.bool_], unit: Any = 1, zero: Any = 0) -> Array:
+    """Values of the fitted genes, (..., fitted), times `unit` plus `zero`, among all genes, (..., G); NaN elsewhere."""
     out = np.full((*values.shape[:-1], len(genes)), np.nan, np.float32)
     out[..., genes] = values
+    # In place, because these are the largest arrays there are.
+    for change, by in ((np.multiply, unit), (np.add, zero)):
+        each = np.ones(len(genes), np.float32)
+        each[genes] = by
+        change(out, each, out=out)
     return out
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_velo.batch import Batch, Cells
@@ -32,22 +33,29 @@ RATES = Rates._fields
 MOLECULES = ("unspliced", "spliced")
 
 
-class Means(NamedTuple):
-    """What each state says of each cell and gene: `u` and `s`, (4, B, G), both in units of scaled spliced."""
+C_K = (1.0, 1.0, 1.0, 0.1)
+"""What each state's noise is multiplied by: in the repression steady state nothing is left to vary (veloVI)."""
 
-    u: Tensor
-    s: Tensor
+
+class Means(NamedTuple):
+    """What each of the four states says of each cell and gene: `u` and `s`, both in units of scaled spliced.
+
+    The entries broadcast to (B, G): in a steady state a gene has one number.
+    """
+
+    u: tuple[Tensor, ...]
+    s: tuple[Tensor, ...]
 
 
 class Explained(NamedTuple):
-    """What one draw says of a batch: `log_joint` (4, B, G), and per state `u`, `s`, `velocity` and `t`.
+    """What one draw says of a batch, state by state: `log_joint` is log p(k, u, s), (B, G) each.
 
-    The entries of the four tuples broadcast to (B, G): in a steady state a gene has one number, or none of its own.
+    The entries of the other tuples broadcast to (B, G): a steady state has no velocity.
     """
 
-    log_joint: Tensor
-    u: tuple[Tensor | float, ...]
-    s: tuple[Tensor | float, ...]
+    log_joint: tuple[Tensor, ...]
+    u: tuple[Tensor, ...]
+    s: tuple[Tensor, ...]
     velocity: tuple[Tensor | float, ...]
     t: tuple[Tensor | float, ...]
 
@@ -102,8 +110,7 @@ class VelocityProgram(nn.Module):
         self.ratio: Tensor
         self.state_scale: Tensor
         self.register_buffer("ratio", torch.as_tensor(cells.ratio).to(cells.molecules))
-        # c_k: in the repression steady state nothing is left to vary (veloVI: c_4 = 0.1).
-        self.register_buffer("state_scale", cells.molecules.new_tensor([1.0, 1.0, 1.0, 0.1])[:, None, None])
+        self.register_buffer("state_scale", cells.molecules.new_tensor(C_K)[:, None, None])
 
     def forward(self, batch: Batch) -> None:
         """Rates per gene; then, for each cell, its latent vector, its genes' states, and what is measured of them."""
@@ -139,30 +146,37 @@ class VelocityProgram(nn.Module):
         alpha, beta, gamma, switch = rates
         u_on, s_on = induction(alpha, beta, gamma, t_on)
         u_off, s_off = repression(*induction(alpha, beta, gamma, switch), beta, gamma, t_off)
-        zero = torch.zeros_like(t_on)
-        u = torch.stack((u_on, (alpha / beta).expand_as(zero), u_off, zero))
-        s = torch.stack((s_on, (alpha / gamma).expand_as(zero), s_off, zero))
-        return Means(u, s)
+        empty = torch.zeros_like(alpha)
+        return Means((u_on, alpha / beta, u_off, empty), (s_on, alpha / gamma, s_off, empty))
 
     def mixture(self, log_weights: Tensor, means: Means, parameters: Mapping[str, Tensor]) -> JointMixture:
         """The joint mixture over the states for both molecules."""
-        distributions = []
-        for molecule, mean in zip(MOLECULES, (means.u / self.ratio, means.s), strict=True):
-            own = {kind: parameters[f"{kind}_{molecule}"] for kind in self.recipe.likelihood.parameters}
-            distributions.append(self.recipe.likelihood(mean, own, self.state_scale))
-        return JointMixture(log_weights, *distributions)
+        u, s = (torch.stack([mean.expand(log_weights.shape[1:]) for mean in each]) for each in means)
+        return JointMixture(log_weights, *self.likelihoods(u, s, parameters, self.state_scale))
+
+    def likelihoods(
+        self, u: Tensor, s: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float
+    ) -> tuple[TorchDistribution, TorchDistribution]:
+        """p(unspliced) and p(spliced) around their means, both given in units of scaled spliced."""
+        kinds = self.recipe.likelihood.parameters
+        unspliced, spliced = ({kind: parameters[f"{kind}_{molecule}"] for kind in kinds} for molecule in MOLECULES)
+        likelihood = self.recipe.likelihood
+        return likelihood(u / self.ratio, unspliced, scale), likelihood(s, spliced, scale)
 
     def explain(self, values: Mapping[str, Tensor], batch: Batch) -> Explained:
         """What a draw of every latent site (by name) says of the cells of `batch`, state by state."""
         rates, z = Rates(*(values[name] for name in RATES)), values["z"].squeeze(-2)
         t_on, t_off = self.latent_times(rates.switch_time, z)
         means = self.means(rates, t_on, t_off)
-        mixture = self.mixture(self.recipe.states.log_weights(values["pi"]), means, values)
         (u_on, _, u_off, _), (s_on, _, s_off, _) = means
+        # State by state, and not stacked: a steady state's arithmetic is then that of one number a gene.
+        log_joint = []
+        for log_weight, u, s, scale in zip(self.recipe.states.log_weights(values["pi"]), *means, C_K, strict=True):
+            unspliced, spliced = self.likelihoods(u, s, values, scale)
+            log_joint.append(log_weight + unspliced.log_prob(batch.u) + spliced.log_prob(batch.s))
         return Explained(
-            log_joint=mixture.log_joint(batch.molecules.movedim(0, -1)),
-            u=(u_on, rates.alpha / rates.beta, u_off, 0.0),
-            s=(s_on, rates.alpha / rates.gamma, s_off, 0.0),
+            tuple(log_joint),
+            *means,
             # In both steady states beta u = gamma s.
             velocity=(velocity(rates, u_on, s_on), 0.0, velocity(rates, u_off, s_off), 0.0),
             t=(t_on, rates.switch_time, rates.switch_time + t_off, T_MAX),
