@@ -151,7 +151,7 @@ def timing(task: Task) -> dict[str, Any]:
     short, _ = _seconds(lambda: side.train(layers, 1, batch, 0))
     long, fitted = _seconds(lambda: side.train(layers, 1 + epochs, batch, 0))
     trained = peak_mb()
-    side.draw(fitted, 2, batch)
+    side.draw(fitted, 2 + draws, batch)
     few, _ = _seconds(lambda: side.draw(fitted, 2, batch))
     many, _ = _seconds(lambda: side.draw(fitted, 2 + draws, batch))
     (epoch_s, epoch_cpu_s), (draw_s, draw_cpu_s) = (long - short) / epochs, (many - few) / draws
