@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from pyro_velo import simulate as simulate
     from pyro_velo import states as states
     from pyro_velo.api import score as score
+    from pyro_velo.comparing import compare as compare
+    from pyro_velo.comparison import Comparison as Comparison
     from pyro_velo.data import read as read
     from pyro_velo.data import to_anndata as to_anndata
     from pyro_velo.data.bridge import velocity_data as velocity_data
@@ -44,11 +46,25 @@ if TYPE_CHECKING:
 
 _MODULES = {"pl": "plots", "pp": "preprocess"} | {
     name: name
-    for name in ("embedding", "guides", "initial", "kinetics", "likelihoods", "metrics", "rates", "simulate", "states")
+    for name in (
+        "embedding",
+        "guides",
+        "initial",
+        "kinetics",
+        "likelihoods",
+        "metrics",
+        "rates",
+        "simulate",
+        "states",
+        "times",
+        "transcription",
+    )
 }
 _NAMES = {
     "project": "flow",
     "score": "api",
+    "compare": "comparing",
+    "Comparison": "comparison",
     "read": "data",
     "to_anndata": "data",
     "velocity_data": "data.bridge",

@@ -26,14 +26,22 @@ from pyro_velo.data import (
 )
 from pyro_velo.data.bridge import velocity_data
 from pyro_velo.data.checks import MAX_UNSPLICED_RATIO, NO_LIMIT
+from pyro_velo.data.covariates import design
 from pyro_velo.errors import InputError
 from pyro_velo.fitting import Fit, fit
 from pyro_velo.flow import units_of_range
+from pyro_velo.guides import Amortized
+from pyro_velo.likelihoods import LIKELIHOODS
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.options import BASIS, COLOR, FitOptions
 from pyro_velo.posterior import check_draws
+from pyro_velo.priors import priors_from_text
+from pyro_velo.rates import RATE_GUIDES
 from pyro_velo.report import report
+from pyro_velo.states import STATE_FAMILIES
+from pyro_velo.times import TIMES
 from pyro_velo.train import TrainSettings
+from pyro_velo.transcription import TRANSCRIPTIONS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -64,23 +72,45 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
 
 
 def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
-    """Prepare `adata` (unless as it is), fit the default model, write the results into it and project the velocity."""
+    """Prepare `adata` (unless as it is), fit what the options name, and write velocities, times and rates into it."""
+    model, guide = recipes(options)
+    # Once before the preprocessing, which takes a while, so that what is wrong with a column is said at once.
+    design(adata, options.batch_key, options.covariates)
     if not options.as_is:
         _rename_layers(adata, options)
         limit = NO_LIMIT if options.nuclei else MAX_UNSPLICED_RATIO
         preprocess.prepare(adata, preprocess.PrepareSettings(seed=options.seed, max_unspliced_ratio=limit))
-        data = velocity_data(adata, device=device)
-    else:
-        names = {"spliced": options.spliced_layer, "unspliced": options.unspliced_layer}
-        data = velocity_data(adata, as_is=True, device=device, **names)
+    data = velocity_data(
+        adata,
+        as_is=options.as_is,
+        counts=model.likelihood.counts,
+        # Preprocessing has renamed them.
+        spliced=options.spliced_layer if options.as_is else None,
+        unspliced=options.unspliced_layer if options.as_is else None,
+        batch_key=options.batch_key,
+        covariates=options.covariates,
+        device=device,
+    )
     given = {"max_epochs": options.max_epochs, "batch_size": options.batch_size}
     settings = replace(TrainSettings(), **{name: value for name, value in given.items() if value is not None})
     fitted = fit(
-        VelocityModel(), None, adata, seed=options.seed, settings=settings, data=data,
+        model, guide, adata, seed=options.seed, settings=settings, data=data,
         save=options.save, resume=options.resume,
     )  # fmt: skip
     fitted.write(adata, draws=options.draws, overwrite=options.overwrite)
     return fitted
+
+
+def recipes(options: FitOptions) -> tuple[VelocityModel, Amortized]:
+    """The model and the guide that the options name; raises `InputError` for a prior that is not one."""
+    model = VelocityModel(
+        likelihood=LIKELIHOODS[options.likelihood](),
+        states=STATE_FAMILIES[options.states](),
+        times=TIMES[options.times](),
+        transcription=TRANSCRIPTIONS[options.transcription](),
+        priors=priors_from_text(options.priors),
+    )
+    return model, Amortized(rates=RATE_GUIDES[options.rates]())
 
 
 def simulate_file(

@@ -1,47 +1,90 @@
-"""What a minibatch is: the two molecules of some cells, and how many cells there are in all."""
+"""What a data set and a minibatch are: the two molecules of some cells, and what is known of these cells."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 
+class Molecules:
+    """What has unspliced and spliced stacked, in this order, at the head of `molecules`."""
+
+    molecules: Tensor
+
+    @property
+    def u(self) -> Tensor:
+        """Unspliced, (cells, G)."""
+        return self.molecules[0]
+
+    @property
+    def s(self) -> Tensor:
+        """Spliced, (cells, G)."""
+        return self.molecules[1]
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(Molecules):
     """B cells x G genes out of `n_cells`, genes contiguous.
 
     `molecules` (2, B, G) holds unspliced and spliced, in the units that the likelihood wants; `index` (B,) says which
-    cells.
+    cells. `size_factors` (2, B, 1) come with counts: how deeply each molecule of a cell was sequenced, 1 the median.
+    `covariates` (B, C) is what networks are told of a cell besides, `group` (B,) the number of its experimental batch.
     """
 
     molecules: Tensor
     index: Tensor
     n_cells: int
+    size_factors: Tensor | None = None
+    covariates: Tensor | None = None
+    group: Tensor | None = None
 
     @property
-    def u(self) -> Tensor:
-        """Unspliced, (B, G)."""
-        return self.molecules[0]
+    def seen(self) -> Tensor:
+        """What an encoder looks at: both molecules (counts: log1p of normalised ones) and the covariates, (B, 2G+C)."""
+        x = self.molecules if self.size_factors is None else torch.log1p(self.molecules / self.size_factors)
+        return torch.cat((*x, *self._told), -1)
+
+    def conditioned(self, z: Tensor) -> Tensor:
+        """What a decoder starts from: a latent vector (B, d) with the covariates, (B, d+C)."""
+        return torch.cat((z, *self._told), -1) if self._told else z
 
     @property
-    def s(self) -> Tensor:
-        """Spliced, (B, G)."""
-        return self.molecules[1]
+    def _told(self) -> tuple[Tensor, ...]:
+        return () if self.covariates is None else (self.covariates,)
 
 
 @dataclass(frozen=True)
-class Cells:
+class Counts:
+    """What turns raw counts into abundances: count = size factor x (zero + unit x scaled abundance) on average.
+
+    `size_factors` (2, N, 1); `zero` and `unit` (2, 1, G), the abundance at which a gene counts as empty and as full;
+    `scaled` (2, N, G), abundances between the two as well as they can be told before a fit (smoothed, if possible).
+    """
+
+    size_factors: Tensor
+    zero: Tensor
+    unit: Tensor
+    scaled: Tensor
+
+
+@dataclass(frozen=True)
+class Cells(Molecules):
     """A data set that is resident on one device: `molecules` (2, N, G), unspliced and spliced.
 
-    A batch is an index slice of it, so nothing is copied but the cells that are asked for.
+    A batch is an index slice of it, so nothing is copied but the cells that are asked for. `counts` is there where the
+    molecules are raw counts; `covariates` (N, C), `group` (N,) and `n_groups` where something is known of the cells.
     """
 
     molecules: Tensor
     ratio: Tensor | float = 1.0
     """(G,) what one unit of scaled unspliced is in units of scaled spliced: the kinetics need both in one unit."""
+    counts: Counts | None = None
+    covariates: Tensor | None = None
+    group: Tensor | None = None
+    n_groups: int = 0
 
     def __post_init__(self) -> None:
         """Check the shape once, so that nobody else has to."""
@@ -63,18 +106,33 @@ class Cells:
         return self.molecules.shape[2]
 
     @property
-    def u(self) -> Tensor:
-        """Unspliced, (N, G)."""
-        return self.molecules[0]
+    def n_covariates(self) -> int:
+        """The number of covariates a network is told, a category counting once for each of its levels."""
+        return 0 if self.covariates is None else self.covariates.shape[1]
 
     @property
-    def s(self) -> Tensor:
-        """Spliced, (N, G)."""
-        return self.molecules[1]
+    def scaled(self) -> Tensor:
+        """Abundances in units of each gene's range, (2, N, G), whatever the likelihood wants."""
+        return self.molecules if self.counts is None else self.counts.scaled
+
+    def in_group(self, group: int, columns: slice) -> Cells:
+        """The same cells as if all were of one experimental batch, whose one-hot stands in `columns` of covariates."""
+        assert self.covariates is not None and self.group is not None
+        covariates = self.covariates.clone()
+        covariates[:, columns] = 0
+        covariates[:, columns.start + group] = 1
+        return replace(self, covariates=covariates, group=torch.full_like(self.group, group))
 
     def batch(self, index: Tensor, n_cells: int | None = None) -> Batch:
         """The cells at `index` (B,); `n_cells` is what the batch stands for (all cells, if not said)."""
-        return Batch(self.molecules.index_select(1, index), index, len(self) if n_cells is None else n_cells)
+        return Batch(
+            self.molecules.index_select(1, index),
+            index,
+            len(self) if n_cells is None else n_cells,
+            None if self.counts is None else self.counts.size_factors.index_select(1, index),
+            None if self.covariates is None else self.covariates[index],
+            None if self.group is None else self.group[index],
+        )
 
     def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[Batch]:
         """The cells at `index`, in that order, `size` at a time; the last batch may be smaller."""

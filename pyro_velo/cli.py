@@ -14,7 +14,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyro_velo.errors import FitError, InputError
-from pyro_velo.options import BASIS, COLOR, DEMO_FOLDER, Counts, Device, FitOptions
+from pyro_velo.options import (
+    BASIS,
+    COLOR,
+    DEMO_FOLDER,
+    GRID,
+    CompareOptions,
+    Counts,
+    Device,
+    FitOptions,
+    LikelihoodName,
+    RatesName,
+    StatesName,
+    TimesName,
+    TranscriptionName,
+)
 from pyro_velo.version import __version__
 
 if TYPE_CHECKING:
@@ -101,6 +115,14 @@ def fit(
     nuclei: Annotated[
         bool, typer.Option("--nuclei", help="Single nuclei: more unspliced than spliced is fine.")
     ] = False,
+    likelihood: Annotated[LikelihoodName, typer.Option(help="Of scaled layers, or of raw counts.")] = "normal",
+    states: Annotated[StatesName, typer.Option(help="The posterior of the four states.")] = FitOptions.states,
+    rates: Annotated[RatesName, typer.Option(help="The posterior of a gene's rates.")] = FitOptions.rates,
+    times: Annotated[TimesName, typer.Option(help="A time per gene, per cell, or between.")] = FitOptions.times,
+    transcription: Annotated[TranscriptionName, typer.Option(help="While a gene is on.")] = FitOptions.transcription,
+    batch_key: Annotated[str | None, typer.Option(metavar="KEY", help="obs: experimental batches.")] = None,
+    covariate: Annotated[list[str] | None, typer.Option(metavar="KEY", help="obs: category or number.")] = None,
+    prior: Annotated[list[str] | None, typer.Option(metavar="'alpha=LogNormal(0, 1)'", help="Swap a prior.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit velocities, times and rates with their uncertainty."""
@@ -121,6 +143,14 @@ def fit(
         report=report,
         overwrite=overwrite,
         nuclei=nuclei,
+        likelihood=likelihood,
+        states=states,
+        rates=rates,
+        times=times,
+        transcription=transcription,
+        batch_key=batch_key,
+        covariates=tuple(covariate or ()),
+        priors=tuple(prior or ()),
     )
     say_if_interrupted(api.fit_file(data, output, options))
     typer.echo(f"Wrote {output}" if report is None else f"Wrote {output} and {report}")
@@ -158,6 +188,70 @@ def score(
 
     scores = api.score_file(result, clusters, pairs, basis=basis, json=json_file)
     typer.echo(json.dumps(scores, indent=2))
+
+
+@app.command()
+def compare(
+    data: Data,
+    grid: Annotated[
+        list[str], typer.Option(metavar="NAME=A,B", help=f"What to vary: {', '.join(GRID)}. Repeat it for all pairs.")
+    ],
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores here too.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures as well.")] = None,
+    as_is: Annotated[bool, typer.Option("--as-is", help="Fit the two layers as they stand: no preprocessing.")] = False,
+    max_epochs: Annotated[int | None, typer.Option(min=1, help="Default: that of TrainSettings.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Cells a step. Default: that of TrainSettings.")] = None,
+    seed: Seed = CompareOptions.seed,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
+    batch_key: Annotated[str | None, typer.Option(metavar="KEY", help="obs: experimental batches.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Say which model explains held-out cells best.
+
+    Every combination is fitted and scored on the same cells. Likelihoods of scaled layers and of raw counts are
+    judged apart.
+    """
+    options = CompareOptions(
+        grid=parse_grid(grid),
+        json=json_file,
+        html=html,
+        as_is=as_is,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        seed=seed,
+        threads=threads,
+        batch_key=batch_key,
+        overwrite=overwrite,
+    )
+    from pyro_velo import comparing
+
+    found = comparing.compare_file(data, options)
+    typer.echo(found.table())
+    if not any(found.choice.values()):
+        raise FitError("Expected one fit or more that succeeds; every one failed, see the table.")
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The values to try for each name, from texts such as "likelihood=nb,zinb".
+
+    Raises `InputError` for an unknown name or value, listing the known ones, and for one given twice.
+
+    >>> parse_grid(["likelihood=nb, zinb", "states=collapsed"])
+    {'likelihood': ('nb', 'zinb'), 'states': ('collapsed',)}
+    """
+    grid: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        name, _, rest = (part.strip() for part in text.partition("="))
+        if name not in GRID:
+            raise InputError(f"Expected a grid of {', '.join(GRID)}; got {text!r}. Write it as likelihood=nb,zinb.")
+        values = tuple(value.strip() for value in rest.split(","))
+        for value in values:
+            if value not in GRID[name]:
+                raise InputError(f"Expected {name} of {', '.join(GRID[name])}; got {value!r} in {text!r}. Name these.")
+        if name in grid or len(set(values)) < len(values):
+            raise InputError(f"Expected {name} once, with each value once; got {text!r}. Write it as {name}=a,b.")
+        grid[name] = values
+    return grid
 
 
 def parse_edges(text: str) -> list[tuple[str, str]]:

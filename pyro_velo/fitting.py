@@ -13,6 +13,7 @@ import torch
 from pyro.infer import ELBO
 
 from pyro_velo import checkpoint
+from pyro_velo.batch import Cells
 from pyro_velo.data.bridge import VelocityData, check_same, velocity_data, write_posterior
 from pyro_velo.data.checks import check_output_keys
 from pyro_velo.errors import InputError
@@ -55,10 +56,22 @@ class Fit:
         """The passes over the training cells that it was trained for."""
         return self.fitted.training.epoch
 
-    def posterior(self, *, draws: int = 100, over_states: OverStates = "expected") -> Posterior:
-        """Summaries of the posterior in the units of the model; see `posterior.summarise`."""
+    def posterior(
+        self, *, draws: int = 100, over_states: OverStates = "expected", batch: str | None = None
+    ) -> Posterior:
+        """Summaries of the posterior in the units of the model; see `posterior.summarise`.
+
+        `batch`: predict every cell as if it were of this experimental batch; raises `InputError` for an unknown one.
+        """
         seed = self.fitted.training.settings.seed
-        return summarise(self.fitted, self.data.cells, draws=draws, over_states=over_states, seed=seed)
+        as_if = None if batch is None else self._in_batch(batch)
+        return summarise(self.fitted, self.data.cells, draws=draws, over_states=over_states, seed=seed, as_if=as_if)
+
+    def _in_batch(self, batch: str) -> Cells:
+        design = self.data.design
+        if design is None or design.batch_key is None:
+            raise InputError(f"Batch {batch!r} is unknown, because the fit has no batch key; expected one.")
+        return self.data.cells.in_group(design.number_of(batch), design.columns[design.batch_key])
 
     def write(
         self, adata: AnnData, *, draws: int = 100, over_states: OverStates = "expected", overwrite: bool = False
@@ -122,7 +135,8 @@ def fit(
     fit.
     """
     model, guide = model or VelocityModel(), guide or Amortized()
-    data = data or velocity_data(adata)
+    data = data or velocity_data(adata, counts=_counts(model))
+    check_suits(model, data)
     recipe = in_words(model, guide)
     wanted = replace(settings or TrainSettings(), seed=seed)
     training = _resumed(resume, data, recipe) if resume else None
@@ -153,9 +167,24 @@ def load(folder: str | Path, model: Model | None, guide: Guide | None, adata: An
     Raises `InputError` where there is no such fit, or it is of other genes or another model.
     """
     model, guide = model or VelocityModel(), guide or Amortized()
-    data = velocity_data(adata, **layers)
+    data = velocity_data(adata, counts=_counts(model), **layers)
     recipe = in_words(model, guide)
     return Fit(restore(model, guide, data.cells, _resumed(folder, data, recipe)), data, recipe)
+
+
+def _counts(model: Model) -> bool:
+    """Whether a model wants raw counts."""
+    return isinstance(model, VelocityModel) and model.likelihood.counts
+
+
+def check_suits(model: Model, data: VelocityData) -> None:
+    """Raises `InputError` where the model's likelihood wants counts and the data are scaled, or the reverse."""
+    wants, has = _counts(model), data.cells.counts is not None
+    if isinstance(model, VelocityModel) and wants != has:
+        kinds = {True: "raw counts", False: "scaled layers"}
+        raise InputError(
+            f"{model.likelihood!r} expects {kinds[wants]}; got {kinds[has]}. Call velocity_data with counts={wants}."
+        )
 
 
 def in_words(model: Model, guide: Guide) -> str:
@@ -165,7 +194,10 @@ def in_words(model: Model, guide: Guide) -> str:
 
 def describe(recipe: str, data: VelocityData) -> dict[str, Any]:
     """What a checkpoint must agree on with the run that goes on from it."""
-    return {"version": __version__, "model": recipe, "n_cells": len(data.cells), "genes": data.gene_names}
+    levels = {} if data.design is None else {name: list(known) for name, known in data.design.levels.items()}
+    columns = [] if data.design is None else list(data.design.columns)
+    about = {"version": __version__, "model": recipe, "n_cells": len(data.cells), "genes": data.gene_names}
+    return about | {"covariates": columns, "levels": levels}
 
 
 def _resumed(folder: str | Path, data: VelocityData, recipe: str) -> Training:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
 from pyro import poutine
 from torch import nn
 
@@ -20,7 +19,6 @@ from pyro_velo.batch import Batch
 from pyro_velo.models.base import Guide
 from pyro_velo.nn import Decoder, NormalEncoder
 from pyro_velo.rates import MeanField, RateGuide
-from pyro_velo.states import STATES
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,9 @@ class AmortizedProgram(nn.Module):
         super().__init__()
         n_genes, model = program.n_genes, program.recipe
         self.states, self.n_genes = model.states, n_genes
-        self.encoder = NormalEncoder(2 * n_genes, model.n_latent, recipe.hidden)
-        self.state_decoder = Decoder(model.n_latent, n_genes, recipe.hidden_states, heads=len(STATES))
+        told = program.n_covariates
+        self.encoder = NormalEncoder(2 * n_genes + told, model.n_latent, recipe.hidden)
+        self.state_decoder = Decoder(model.n_latent + told, n_genes, recipe.hidden_states, heads=model.states.heads)
         self.rates = recipe.rates(program)
 
     def forward(self, batch: Batch) -> None:
@@ -57,7 +56,7 @@ class AmortizedProgram(nn.Module):
     def encode(self, batch: Batch) -> dist.Distribution:
         """q(z | u, s), which is the same in every draw."""
         pyro.module("encoder", self.encoder)
-        loc, scale = self.encoder(torch.cat((batch.u, batch.s), -1))
+        loc, scale = self.encoder(batch.seen)
         return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
 
     def cells(self, batch: Batch, latent: dist.Distribution) -> None:
@@ -67,4 +66,4 @@ class AmortizedProgram(nn.Module):
         with pyro.plate("cells", batch.n_cells, subsample=batch.index, dim=-2):
             z = pyro.sample("z", latent)
             with genes:
-                self.states.posterior(self.state_decoder(z.squeeze(-2)))
+                self.states.posterior(self.state_decoder(batch.conditioned(z.squeeze(-2))))

@@ -7,29 +7,29 @@ Seed 000 describes the first (alpha from the median unspliced of the cells in th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from pyro_velo.batch import Cells
-from pyro_velo.kinetics import T_MAX, Rates
+from pyro_velo.kinetics import T_MAX, Rates, trajectory
 
 
 @dataclass(frozen=True)
 class Start:
-    """Start values, all (G,): the rates, the noise of both molecules, and the empirical switch point (u*, s*)."""
+    """Start values, all (G,): the rates, the empirical switch point (u*, s*), and what else the model has by site."""
 
     rates: Rates
-    noise_unspliced: Tensor
-    noise_spliced: Tensor
     switch_unspliced: Tensor
     switch_spliced: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     def sites(self) -> dict[str, Tensor]:
         """Start values by the name of the model's site."""
-        noise = {"noise_unspliced": self.noise_unspliced, "noise_spliced": self.noise_spliced}
-        return {**self.rates._asdict(), **noise}
+        return {**self.rates._asdict(), **self.others}
 
 
 class Initialisation(ABC):
@@ -57,14 +57,14 @@ class SteadyState(Initialisation):
 
     beta: float = 0.2
     switch_time: float = T_MAX / 2
-    noise: float = 0.1
     top: float = 0.05
 
     def __call__(self, cells: Cells) -> Start:
         """The slope is least squares through the origin over the top share of cells by u + s."""
-        u, s = cells.u * cells.ratio, cells.s
+        measured_u, s = cells.scaled
+        u = measured_u * cells.ratio
         n_top = max(2, round(self.top * len(cells)))
-        upper = (cells.u + cells.s).topk(n_top, dim=0).indices
+        upper = (measured_u + s).topk(n_top, dim=0).indices
         u_top, s_top = u.gather(0, upper), s.gather(0, upper)
         # A gene without spliced RNA in its top cells has no slope: start it at gamma = beta.
         weight = (s_top * s_top).sum(0)
@@ -74,7 +74,7 @@ class SteadyState(Initialisation):
         alpha = self.beta * u_switch.clamp_min(1e-3)
         full = torch.full_like
         rates = Rates(alpha, full(alpha, self.beta), gamma, full(alpha, self.switch_time))
-        return Start(rates, full(alpha, self.noise), full(alpha, self.noise), u_switch, s_switch)
+        return Start(rates, u_switch, s_switch)
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,67 @@ class Constant(Initialisation):
     beta: float = 0.1
     gamma: float = 0.05
     switch_time: float = T_MAX / 2
-    noise: float = 0.1
     top: float = 0.01
 
     def __call__(self, cells: Cells) -> Start:
         """Only alpha and the switch point look at the data."""
-        u_switch = top_median(cells.u * cells.ratio, cells.u, self.top)
-        s_switch = top_median(cells.s, cells.u, self.top)
+        u, s = cells.scaled
+        u_switch, s_switch = top_median(u * cells.ratio, u, self.top), top_median(s, u, self.top)
         alpha, full = u_switch.clamp_min(1e-3), torch.full_like
         rates = Rates(alpha, full(alpha, self.beta), full(alpha, self.gamma), full(alpha, self.switch_time))
-        return Start(rates, full(alpha, self.noise), full(alpha, self.noise), u_switch, s_switch)
+        return Start(rates, u_switch, s_switch)
+
+
+def rough_order(u: Tensor, s: Tensor, rates: Rates) -> Tensor:
+    r"""The cells' order in [0, 1] by their phase portraits, before any fit: u and s (B, G) in one unit; returns (B,).
+
+    A cell above a gene's steady-state line is on the way up, as far as its spliced level, and below it on the way down.
+    Genes count by their distance from the line: near it they don't know.
+    """
+    full_u = rates.alpha / rates.beta
+    up, level = u / full_u, (s * rates.gamma / rates.alpha).clamp(0, 1)
+    lead = up - s * rates.gamma / rates.alpha
+    phase = torch.where(lead > 0, level, 2 - level)
+    weight = lead.abs()
+    mean = (weight * phase).sum(-1) / weight.sum(-1).clamp_min(torch.finfo(u.dtype).tiny)
+    return mean.argsort().argsort().to(u.dtype) / max(1, len(mean) - 1)
+
+
+BINS = 100
+"""How many groups of cells, one after the other in time, are averaged before a curve is laid through them."""
+SWITCHES = tuple(T_MAX * share for share in (0.05, *(i / 20 for i in range(2, 20))))
+FASTER = (0.5, 1.0, 2.0, 4.0, 8.0)
+STEEPER = (0.5, 1.0, 2.0)
+
+
+def rates_by_order(cells: Cells, start: Rates) -> Rates:
+    """Each gene's best of a grid of curves, if the phase portraits' order of the cells is that of a shared time.
+
+    Without it a gene whose switch starts on the wrong side of the true one may stay there. The grid: 19 switches,
+    beta `FASTER` and gamma `STEEPER` than the start; alpha by least squares, both molecules in units of their range.
+    """
+    measured_u, s = cells.scaled
+    order = rough_order(measured_u * cells.ratio, s, start).argsort()
+    u, s = (_in_bins(x[order]) for x in (measured_u, s))
+    t = T_MAX * (torch.arange(len(u), device=u.device, dtype=u.dtype)[:, None] + 0.5) / len(u)
+    best, least = start, torch.full_like(start.alpha, float("inf"))
+    for switch, faster, steeper in product(SWITCHES, FASTER, STEEPER):
+        beta = faster * start.beta
+        gamma = steeper * start.gamma * faster
+        rates = Rates(torch.ones_like(beta), beta, gamma, torch.full_like(beta, switch))
+        curve_u, curve_s = trajectory(rates, t)
+        curve_u = curve_u / cells.ratio
+        squares = (curve_u**2 + curve_s**2).sum(0)
+        # Curves of some height: a gene that is never seen has none to be laid through.
+        alpha = ((curve_u * u + curve_s * s).sum(0) / squares).clamp_min(1e-3)
+        miss = ((alpha * curve_u - u) ** 2 + (alpha * curve_s - s) ** 2).sum(0)
+        better = miss < least
+        least = torch.where(better, miss, least)
+        found = Rates(alpha, *rates[1:])
+        best = Rates(*(torch.where(better, new, old) for new, old in zip(found, best, strict=True)))
+    return best
+
+
+def _in_bins(values: Tensor) -> Tensor:
+    """Means of `BINS` groups of consecutive rows, or fewer where there are fewer: (N, G) to (bins, G)."""
+    return torch.stack([part.mean(0) for part in values.tensor_split(min(BINS, len(values)))])

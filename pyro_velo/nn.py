@@ -36,13 +36,17 @@ class NormalEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A latent vector to `heads` numbers a gene: (B, d) to (heads, B, G), genes contiguous."""
+    """A latent vector to `heads` numbers a gene: (B, d) to (heads, B, G), genes contiguous.
+
+    Without hidden layers it is linear, and `weight` (heads, d, G) holds each gene's loadings.
+    """
 
     def __init__(self, n_latent: int, n_genes: int, hidden: Sequence[int], heads: int = 1) -> None:
         super().__init__()
         self.trunk = mlp(n_latent, hidden)
-        bound = hidden[-1] ** -0.5
-        self.weight = nn.Parameter(torch.empty(heads, hidden[-1], n_genes).uniform_(-bound, bound))
+        n_last = hidden[-1] if hidden else n_latent
+        bound = n_last**-0.5
+        self.weight = nn.Parameter(torch.empty(heads, n_last, n_genes).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(heads, 1, n_genes).uniform_(-bound, bound))
 
     def forward(self, z: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 Device = Literal["auto", "cpu", "cuda"]
 """Where the tensors live; `auto` takes the GPU where there is one."""
@@ -17,13 +17,20 @@ BASIS = "umap"
 COLOR = "clusters"
 
 
+LikelihoodName = Literal["normal", "studentt", "poisson", "nb", "zip", "zinb"]
+StatesName = Literal["dirichlet", "logistic-normal", "collapsed", "hard"]
+RatesName = Literal["point", "mean-field", "per-gene", "low-rank"]
+TimesName = Literal["per-gene", "shared", "hierarchical"]
+TranscriptionName = Literal["constant", "time-dependent"]
+
+
 @dataclass(frozen=True)
 class FitOptions:
     """The options of `pyro-velo fit`; `None` leaves the choice to `TrainSettings`, the file or the machine.
 
     `as_is` skips the preprocessing; `nuclei` lets unspliced counts exceed spliced ones by any factor; `draws` counts
-    posterior draws, two at least; `save` and `resume` are folders of checkpoints; `report` is an HTML file; `overwrite`
-    allows output files and keys that exist.
+    posterior draws, two at least; `priors` are written as `alpha=LogNormal(0, 1)`; `save` and `resume` are folders of
+    checkpoints; `report` is an HTML file; `overwrite` allows output files and keys that exist.
     """
 
     as_is: bool = False
@@ -40,3 +47,40 @@ class FitOptions:
     report: Path | None = None
     overwrite: bool = False
     nuclei: bool = False
+    likelihood: LikelihoodName = "normal"
+    states: StatesName = "collapsed"
+    rates: RatesName = "mean-field"
+    times: TimesName = "per-gene"
+    transcription: TranscriptionName = "constant"
+    batch_key: str | None = None
+    covariates: tuple[str, ...] = ()
+    priors: tuple[str, ...] = ()
+
+
+GRID: dict[str, tuple[str, ...]] = {
+    "likelihood": get_args(LikelihoodName),
+    "states": get_args(StatesName),
+    "rates": get_args(RatesName),
+    "times": get_args(TimesName),
+    "transcription": get_args(TranscriptionName),
+}
+"""What `pyro-velo compare` can vary, and the values that each takes."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """The options of `pyro-velo compare`: `grid` has the values to try for names of `GRID`; the others as in `fit`.
+
+    `json` and `html` are files to write.
+    """
+
+    grid: dict[str, tuple[str, ...]]
+    json: Path | None = None
+    html: Path | None = None
+    as_is: bool = False
+    max_epochs: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    threads: int | None = None
+    batch_key: str | None = None
+    overwrite: bool = False

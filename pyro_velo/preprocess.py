@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 from pyro_velo.data import anndata_keys as keys
-from pyro_velo.data.checks import MAX_UNSPLICED_RATIO, check_neighbors, checked_layers
+from pyro_velo.data.checks import MAX_UNSPLICED_RATIO, check_neighbors, check_whole, checked_layers
 from pyro_velo.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def prepare(adata: AnnData, settings: PrepareSettings | None = None) -> None:
 
     $$M_s = W\, \mathrm{diag}(\tilde n / n)\, S, \qquad M_u = W\, \mathrm{diag}(\tilde m / m)\, U.$$
 
-    Written: layers `Ms`, `Mu` (dense float32); var `velocity_genes`; `X_pca`, the neighbours, and `X_umap` unless it is
+    Written: layers `Ms`, `Mu` (dense float32); obs `size_spliced`, `size_unspliced` (n over its median); var
+    `velocity_genes`; `X_pca`, the neighbours, and `X_umap` unless it is
     there; uns `pyro_velo/prepare`. Raw layers keep their values and `X` is left alone; genes that fail leave `adata`.
     Memory besides `adata`: at first copies of both layers, later one of one layer (8 bytes a count) and, to stay,
     8 bytes a cell and gene.
@@ -103,6 +104,8 @@ def prepare(adata: AnnData, settings: PrepareSettings | None = None) -> None:
     weights = averaging_weights(adata.obsp["connectivities"])
     for out, name in ((keys.MS, keys.SPLICED), (keys.MU, keys.UNSPLICED)):
         adata.layers[out] = moments(adata.layers[name], weights, counts.factors[name])
+    for name, factors in counts.factors.items():
+        adata.obs[keys.size_factor(name)] = sizes(factors)
     adata.var[keys.VELOCITY_GENES] = velocity_genes(adata.layers[keys.MS], adata.layers[keys.MU], settings.min_r2)
     if settings.umap and "X_umap" not in adata.obsm:
         import scanpy as sc
@@ -118,7 +121,7 @@ def _checked(adata: AnnData, settings: PrepareSettings) -> Counts:
     layers = checked_layers(adata, max_unspliced_ratio=settings.max_unspliced_ratio)
     check_neighbors(adata.n_obs, settings.n_neighbors)
     for name, layer in zip((keys.SPLICED, keys.UNSPLICED), layers, strict=True):
-        _check_whole(layer, name)
+        check_whole(layer, name)
     shared = shared_counts(*layers)
     keep = shared >= settings.min_shared_counts
     if keep.sum() < MIN_GENES:
@@ -138,16 +141,6 @@ def _checked(adata: AnnData, settings: PrepareSettings) -> Counts:
     return Counts(keep, factors, log)
 
 
-def _check_whole(layer: Any, name: str) -> None:
-    values = layer.data if sparse.issparse(layer) else layer
-    fractions = values[values != np.rint(values)]
-    if fractions.size:
-        raise InputError(
-            f"Layer {name!r} holds {fractions.size:,} numbers that aren't whole (first: {fractions[0]:g}), expected "
-            "raw counts; pass the layer from before it was normalised, or fit the layers as they are (--as-is)."
-        )
-
-
 def shared_counts(spliced: Any, unspliced: Any) -> NDArray[np.float64]:
     """Counts of both molecules in the cells where a gene is seen as both (scVelo's `min_shared_counts`); (genes,)."""
     s, u = sparse.csc_matrix(spliced), sparse.csc_matrix(unspliced)
@@ -159,6 +152,13 @@ def size_factors(counts: Any) -> NDArray[np.float64]:
     """Median total per cell over a cell's total, (cells,); 0 for an empty cell."""
     totals = _row_sums(counts)
     return np.divide(np.median(totals), totals, out=np.zeros_like(totals), where=totals > 0)
+
+
+def sizes(factors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A cell's total over the median one, (cells,), from size factors; an empty cell counts as the smallest other."""
+    found = np.divide(1.0, factors, out=np.full_like(factors, np.inf), where=factors > 0)
+    smallest = found.min() if np.isfinite(found).any() else 1.0
+    return np.where(np.isfinite(found), found, smallest)
 
 
 def averaging_weights(graph: sparse.spmatrix | sparse.sparray) -> sparse.csr_matrix:

@@ -3,12 +3,20 @@ r"""The four kinetic states of a gene in a cell, and the families of their poste
 $\pi_{ng} \sim \mathrm{Dirichlet}(c)$ over induction, induction steady state, repression, repression steady state. A
 family says what the model draws (`prior`), what the guide draws from the network's outputs (`posterior`), and what both
 mean as log-weights of the mixture (`log_weights`). A new family is one class with these three methods.
+
+| family | site `pi` | weights | bound on log p(u, s) |
+|---|---|---|---|
+| `Dirichlet` | probabilities, sampled | sum to one | the ELBO |
+| `Collapsed` | concentrations, a point | sum to less | below the one of `Dirichlet`, without its variance |
+| `LogisticNormal` | logits, sampled | sum to one | the ELBO, under a prior of another shape |
+| `Hard` | logits, a point | sum to less | one state explains a gene in a cell, the others nothing |
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
@@ -17,6 +25,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pyro_velo.errors import InputError
 from pyro_velo.special import digamma, log_gamma_and_digamma
 
 STATES = ("induction", "induction steady state", "repression", "repression steady state")
@@ -25,13 +34,19 @@ STATES = ("induction", "induction steady state", "repression", "repression stead
 class StateFamily(ABC):
     """How the probabilities of the states are drawn in the model and in the guide, at the site `pi` (B, G, 4)."""
 
+    heads: int = len(STATES)
+    """How many numbers per cell and gene the guide's network gives to `posterior`."""
+
+    hard: bool = False
+    """Where True, the mixture takes the largest of its terms, log w_k + log p(u, s | k), and not their log-sum-exp."""
+
     @abstractmethod
     def prior(self, concentration: float, like: Tensor) -> Tensor:
         """Draw `pi` in the model, inside the plates of `like` (B, G); return log-weights (4, B, G)."""
 
     @abstractmethod
     def posterior(self, outputs: Tensor) -> None:
-        """Draw `pi` in the guide from the network's outputs (4, B, G)."""
+        """Draw `pi` in the guide from the network's outputs (heads, B, G)."""
 
     @abstractmethod
     def log_weights(self, pi: Tensor) -> Tensor:
@@ -43,6 +58,7 @@ def concentrations(outputs: Tensor) -> Tensor:
     return (softplus(outputs) + 1e-3).movedim(0, -1)
 
 
+@dataclass(frozen=True)
 class Dirichlet(StateFamily):
     """q(pi | z) = Dirichlet, sampled with pathwise gradients (Gayoso et al. 2023; seed 000)."""
 
@@ -66,6 +82,7 @@ class Concentrations(dist.Delta):
     support = constraints.independent(constraints.positive, 1)
 
 
+@dataclass(frozen=True)
 class Collapsed(StateFamily):
     r"""q(pi | z) = Dirichlet, with pi integrated into a bound instead of sampled.
 
@@ -105,5 +122,92 @@ def dirichlet_kl(q: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
     return kl, expected_log
 
 
-STATE_FAMILIES: dict[str, type[StateFamily]] = {"dirichlet": Dirichlet, "collapsed": Collapsed}
+SMALLEST_OUTPUT = -10.0
+"""The network's output for the smallest sd of a logit, 5e-5: far under any that matters, and above zero in float32."""
+
+
+@dataclass(frozen=True)
+class LogisticNormal(StateFamily):
+    r"""pi = softmax(logits), q(logits | z) Normal: sampled, without gamma functions.
+
+    The prior is Normal(0, sd) for each of the four logits. Its sd is `scale`, or by default the one at which the
+    log-ratios of two states spread as the Dirichlet's do:
+    $\mathrm{Var}(\log\pi_i - \log\pi_j) = 2\,\mathrm{sd}^2 = 2\,\psi'(c)$. States are as likely as in the Dirichlet
+    and log-ratios have its mean and variance; their tails are lighter. The sum of the logits says nothing of pi: there
+    q can be the prior, at no cost.
+
+    Reference: Aitchison and Shen 1980, Logistic-normal distributions.
+
+    >>> LogisticNormal().sd(concentration=0.25), LogisticNormal(scale=2.0).sd(concentration=0.25)
+    (4.147, 2.0)
+    """
+
+    scale: float | None = None
+    heads = 2 * len(STATES)
+
+    def __post_init__(self) -> None:
+        """Refuse a scale that no Normal has."""
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise InputError(
+                f"Expected the logits' sd, scale, to be a number > 0; got {self.scale!r}. "
+                "Leave it out for the one that matches the Dirichlet."
+            )
+
+    def sd(self, concentration: float) -> float:
+        """The prior's sd of a logit."""
+        if self.scale is not None:
+            return self.scale
+        return math.sqrt(torch.special.polygamma(1, torch.tensor(concentration, dtype=torch.float64)).item())
+
+    def prior(self, concentration: float, like: Tensor) -> Tensor:
+        """Sample the logits; log pi, states leading."""
+        mean = like.new_zeros(len(STATES))
+        return self.log_weights(pyro.sample("pi", dist.Normal(mean, self.sd(concentration)).to_event(1)))
+
+    def posterior(self, outputs: Tensor) -> None:
+        """Sample the logits from Normal, four outputs their means, four their sds."""
+        mean, sd = outputs.movedim(0, -1).split(len(STATES), -1)
+        pyro.sample("pi", dist.Normal(mean, softplus(sd.clamp_min(SMALLEST_OUTPUT))).to_event(1))
+
+    def log_weights(self, pi: Tensor) -> Tensor:
+        """Log softmax of the logits."""
+        return pi.log_softmax(-1).movedim(-1, 0)
+
+
+@dataclass(frozen=True)
+class Hard(StateFamily):
+    r"""Every gene is in one state in every cell: the sum over states becomes a maximum. An ablation.
+
+    $$\log p(u, s) \ge \max_k \log\tfrac14 w_k\, p(u, s \mid k), \qquad w = \mathrm{softmax}(\mathrm{logits}(z))$$
+
+    This is a bound of the same evidence as the other families', so that they can be compared: q(k) is a point at the
+    maximum, where its KL from equally likely states is log 4, and w_k is at most one. The weights have no prior, and
+    what they cost is gone once z alone tells the states apart. Without a guide all states have one weight. A guide of
+    your own wants a point at `pi`, as in `Collapsed`.
+
+    Reference: Celeux and Govaert 1992 (the classification EM algorithm).
+    """
+
+    hard = True
+
+    def prior(self, concentration: float, like: Tensor) -> Tensor:
+        """The guide's weights, or equal ones; the concentration is not used."""
+        logits = like.new_zeros(len(STATES))
+        return self.log_weights(pyro.sample("pi", dist.Delta(logits, event_dim=1).mask(False)))
+
+    def posterior(self, outputs: Tensor) -> None:
+        """Hand the logits to the model: a point, without a density of its own."""
+        pyro.sample("pi", dist.Delta(outputs.movedim(0, -1), event_dim=1).mask(False))
+
+    def log_weights(self, pi: Tensor) -> Tensor:
+        """Log softmax of the logits, less log 4."""
+        return pi.log_softmax(-1).movedim(-1, 0) - math.log(len(STATES))
+
+
+STATE_FAMILIES: dict[str, type[StateFamily]] = {
+    "dirichlet": Dirichlet,
+    "collapsed": Collapsed,
+    "logistic-normal": LogisticNormal,
+    "hard": Hard,
+}
 """What the command line calls them."""

@@ -160,6 +160,25 @@ def test_fit_passes_every_option_on(api: SimpleNamespace, file: Path) -> None:
     assert api.calls == [("fit_file", (file, Path("out.h5ad"), expected), {})]
 
 
+def test_fit_passes_every_part_on(api: SimpleNamespace, file: Path) -> None:
+    options = (
+        "--likelihood nb --states dirichlet --rates low-rank --times shared --transcription time-dependent "
+        "--batch-key lab --covariate age --covariate sex --prior alpha=LogNormal(0,1)"
+    )
+    assert main(["fit", str(file), "-o", "out.h5ad", *options.split()]) == 0
+    expected = FitOptions(
+        likelihood="nb",
+        states="dirichlet",
+        rates="low-rank",
+        times="shared",
+        transcription="time-dependent",
+        batch_key="lab",
+        covariates=("age", "sex"),
+        priors=("alpha=LogNormal(0,1)",),
+    )
+    assert api.calls == [("fit_file", (file, Path("out.h5ad"), expected), {})]
+
+
 def test_report_is_passed_on(api: SimpleNamespace, file: Path) -> None:
     assert main(["report", str(file), "-o", "r.html"]) == 0
     assert main(["report", str(file), "-o", "r.html", "--basis", "pca", "--color", "day", "--overwrite"]) == 0
@@ -428,6 +447,9 @@ def test_a_broken_file_is_refused(
     [
         (["--spliced-layer", "nothing"], ["nothing", "spliced", "unspliced"]),
         (["-o", "no/such/folder/out.h5ad"], ["no/such/folder"]),
+        (["--batch-key", "lab"], ["lab"]),
+        (["--prior", "alpha=open(1)"], ["alpha", "open"]),
+        (["--likelihood", "nb"], ["whole", "spliced"]),
     ],
 )
 def test_fit_refuses_what_is_not_there(simulated: Path, tmp_path: Path, options: list[str], words: list[str]) -> None:

@@ -74,8 +74,6 @@ def test_constants_of_seed_000(double: None) -> None:
         "beta": [0.1] * 3,
         "gamma": [0.05] * 3,
         "switch_time": [10.0] * 3,
-        "noise_unspliced": [0.1] * 3,
-        "noise_spliced": [0.1] * 3,
     }
     assert list(start.sites()) == list(expected)
     for name, value in start.sites().items():

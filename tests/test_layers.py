@@ -18,13 +18,16 @@ PACKAGE = "pyro_velo"
 
 LAYERS: dict[int, set[str]] = {
     0: {"errors", "options", "version", "kinetics", "special", "batch", "nn", "compiled", "data.anndata_keys"},
-    1: {"priors", "likelihoods", "states", "initial"},
+    1: {"priors", "likelihoods", "states", "initial", "mixture", "times", "transcription"},
     2: {"models", "rates", "guides"},
     3: {
-        *("train", "schedule", "forensics", "checkpoint", "posterior"),
+        *("train", "schedule", "forensics", "checkpoint", "posterior", "evidence", "nuts"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
     },
-    4: {"plots", "report", "flow", "fitting", "api", "cli", "__init__", "__main__"},
+    4: {
+        *("plots", "report", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli"),
+        *("__init__", "__main__"),
+    },
 }
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}
 """An entry covers the modules below it too, where they have no entry of their own."""
@@ -37,6 +40,11 @@ SIDEWAYS = {
     ("checkpoint", "schedule"),
     ("checkpoint", "train"),
     ("posterior", "train"),
+    ("nuts", "schedule"),
+    ("nuts", "train"),
+    ("evidence", "forensics"),
+    ("evidence", "schedule"),
+    ("evidence", "train"),
     ("preprocess", "data"),
     ("data", "simulate"),
     ("report", "plots"),
@@ -45,10 +53,21 @@ SIDEWAYS = {
     ("fitting", "flow"),
     ("__init__", "flow"),
     ("api", "report"),
+    ("verdict", "report"),
+    ("comparison", "plots"),
+    ("comparison", "report"),
+    ("comparison", "verdict"),
+    ("comparing", "api"),
+    ("comparing", "comparison"),
+    ("comparing", "fitting"),
+    ("comparing", "verdict"),
     ("cli", "api"),
+    ("cli", "comparing"),
     ("__main__", "cli"),
     # The public names, loaded lazily.
     ("__init__", "api"),
+    ("__init__", "comparing"),
+    ("__init__", "comparison"),
     ("__init__", "fitting"),
     ("__init__", "plots"),
     ("__init__", "report"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import re
+from dataclasses import replace
 
 import pyro.distributions as dist
 import pytest
 import torch
 from tolerances import assert_close, assert_mean
 
+from pyro_velo.errors import InputError
 from pyro_velo.kinetics import T_MAX
-from pyro_velo.priors import Centered, Priors
+from pyro_velo.priors import Centered, Priors, priors_from_text
 
 START = {"alpha": torch.tensor([0.2, 1.0, 30.0]), "noise_unspliced": torch.tensor([0.1, 0.2, 0.3])}
 
@@ -76,4 +78,58 @@ def test_priors_are_values() -> None:
     assert replace(one, concentration=1.0).concentration == 1.0 and one.concentration == 0.25
     with pytest.raises(AttributeError):
         one.concentration = 2.0
-    assert len({field.name for field in fields(Priors)}) == 7
+
+
+READY = {"from_data": Priors.from_data, "weak": Priors.weak, "flat": Priors.flat}
+
+
+@pytest.mark.parametrize("name", READY)
+def test_ready_made_priors_take_swaps_and_support_every_start(name: str) -> None:
+    own = dist.LogNormal(0.0, 0.1)
+    priors = READY[name](beta=own, concentration=1.0)
+    assert priors.beta is own and priors.concentration == 1.0
+    alpha = priors.of("alpha", START)
+    assert alpha.support.check(START["alpha"]).all()
+
+
+def test_flat_priors_prefer_nothing_and_data_driven_ones_the_start() -> None:
+    flat, centred = Priors.flat().of("alpha", START), Priors.from_data().of("alpha", START)
+    at = torch.tensor([0.01, 1.0, 100.0])
+    assert_close(flat.expand([3]).log_prob(at), torch.zeros(3))
+    assert (centred.log_prob(START["alpha"]) > centred.log_prob(10 * START["alpha"])).all()
+
+
+def test_a_prior_can_be_written() -> None:
+    priors = priors_from_text(["alpha=LogNormal(0, 1)", " beta = Gamma(2, rate=3.5)", "concentration=0.5"])
+    assert_close(
+        priors.of("alpha", START).log_prob(torch.tensor(2.0)), dist.LogNormal(0.0, 1.0).log_prob(torch.tensor(2.0))
+    )
+    assert_close(priors.of("beta", START).mean, torch.tensor(2 / 3.5))
+    assert priors.concentration == 0.5 and priors.gamma == Priors().gamma
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rate=LogNormal(0, 1)", "'rate' is no prior, expected one of alpha, beta"),
+        ("alpha", "is no distribution"),
+        ("alpha=LogNormal", "is no distribution"),
+        ("alpha=Lognormal(0, 1)", "no distribution 'Lognormal'"),
+        ("alpha=LogNormal(0, __import__('os').getpid())", "is no distribution"),
+        ("alpha=__import__('os')", "no distribution '__import__'"),
+        ("alpha=torch.ones(3)", "is no distribution"),
+        ("alpha=LogNormal(0, -1)", "is no distribution"),
+        ("alpha=LogNormal(0)", "is no distribution"),
+        ("alpha=Normal([0, 0], [1, 1])", "is no distribution"),
+        ("concentration=much", "expected a number"),
+    ],
+)
+def test_what_is_no_prior_is_refused_in_one_line(text: str, says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)) as error:
+        priors_from_text([text])
+    assert "\n" not in str(error.value)
+
+
+def test_a_prior_is_given_once() -> None:
+    with pytest.raises(InputError, match="given twice"):
+        priors_from_text(["alpha=LogNormal(0, 1)", "alpha=LogNormal(0, 2)"])

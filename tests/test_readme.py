@@ -6,13 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pyro
-import pytest
-import torch
 import typer.main
 
 import pyro_velo as pv
-from pyro_velo.batch import Cells
+from pyro_velo import simulate
 from pyro_velo.cli import app
 from pyro_velo.data import anndata_keys as keys
 
@@ -21,16 +18,16 @@ EXTENSIONS = re.findall(r"```python\n(.*?)```", README.partition("## Make it you
 SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", EXTENSIONS, ids=["prior", "likelihood", "guide"])
-def test_an_extension_trains(code: str) -> None:
+def test_the_swaps_train() -> None:
+    (code,) = EXTENSIONS
     names: dict[str, Any] = {}
     exec(code, names)
-    model, guide = names.get("model", pv.VelocityModel()), names.get("guide", pv.guides.Amortized())
-    cells = Cells.of(torch.rand(20, 3), torch.rand(20, 3))
-    with pyro.get_param_store().scope():
-        program = model.build(cells)
-        loss = pyro.infer.Trace_ELBO().loss(program, guide(program), cells.batch(torch.arange(20)))
-    assert torch.isfinite(torch.tensor(loss))
+    settings = simulate.Settings(noise=simulate.NegativeBinomial(), kinetics=simulate.LogNormalRates(drop=0))
+    adata = pv.to_anndata(simulate.simulate(30, 4, settings=settings, seed=0))
+    data = pv.velocity_data(adata, as_is=True, counts=True)
+    one = pv.TrainSettings(max_epochs=1)
+    fit = pv.fit(names["model"], names["guide"], adata, data=data, settings=one, progress=False)
+    assert "NB()" in fit.recipe and "Shared(" in fit.recipe and "PerGene(" in fit.recipe
 
 
 def test_the_commands_exist() -> None:

@@ -19,7 +19,8 @@ from pyro_velo.errors import InputError
 from pyro_velo.kinetics import T_MAX
 
 CLOCKS = {"shared": sim.SharedTime(), "per_gene": sim.GeneTime()}
-LINEAGES = {"one": sim.Lineages(), "three": sim.Lineages(count=3)}
+LINEAGES = {"one": sim.Lineages(), "three": sim.Lineages(count=3), "cycle": sim.Cycle()}
+TWO_BATCHES = sim.Batches(unspliced=(1.0, 0.4), spliced=(1.0, 0.7), spread=0.2)
 FLOAT64 = 1e-10
 
 
@@ -35,13 +36,13 @@ def same(a: sim.Simulation, b: sim.Simulation, names: set[str] | None = None) ->
 
 @pytest.mark.parametrize("clock", CLOCKS.values(), ids=CLOCKS)
 @pytest.mark.parametrize("lineages", LINEAGES.values(), ids=LINEAGES)
-def test_velocity_is_beta_u_minus_gamma_s(clock: sim.Clock, lineages: sim.Lineages) -> None:
+def test_velocity_is_beta_u_minus_gamma_s(clock: sim.Clock, lineages: sim.Process) -> None:
     x = sim.simulate(80, 40, settings=sim.Settings(clock=clock, lineages=lineages))
     assert_allclose(x.true_velocity, x.true_beta * x.true_u - x.true_gamma * x.true_s, rtol=0, atol=FLOAT64)
 
 
 @pytest.mark.parametrize("lineages", LINEAGES.values(), ids=LINEAGES)
-def test_velocity_is_the_slope_of_s_along_time(lineages: sim.Lineages) -> None:
+def test_velocity_is_the_slope_of_s_along_time(lineages: sim.Process) -> None:
     x = sim.simulate(20_000, 12, settings=quiet(lineages=lineages), seed=3)
     for label in set(x.lineage.tolist()) - {"trunk"}:
         path = np.flatnonzero(x.lineage == label)
@@ -54,6 +55,22 @@ def test_velocity_is_the_slope_of_s_along_time(lineages: sim.Lineages) -> None:
         smooth = ~np.any([(t[:-1] <= kink) & (kink <= t[1:]) for kink in kinks], axis=0)
         assert smooth.mean() > 0.99
         assert_allclose(slope[smooth], middle[smooth], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("lineages", LINEAGES.values(), ids=LINEAGES)
+def test_unspliced_rna_follows_its_own_equation(lineages: sim.Process) -> None:
+    x = sim.simulate(20_000, 12, settings=quiet(lineages=lineages), seed=3)
+    for label in set(x.lineage.tolist()) - {"trunk"}:
+        path = np.flatnonzero(x.lineage == label)
+        path = path[x.true_t[path].argsort()]
+        t, row = x.true_t[path][:, None], int(label[-1]) - 1
+        on, off = x.true_onset[row], x.true_switch[row]
+        # A gene of a cycle may be on from its onset past the end of time and on to its switch.
+        is_on = np.where(on <= off, (on <= t) & (t < off), (t < off) | (on <= t))
+        slope = np.diff(x.true_u[path], axis=0) / np.diff(t, axis=0)
+        law = is_on * x.true_alpha - x.true_beta * x.true_u[path]
+        smooth = is_on[1:] == is_on[:-1]
+        assert_allclose(slope[smooth], ((law[1:] + law[:-1]) / 2)[smooth], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("beta", [0.3, 0.4 - 1e-9, 0.4])
@@ -109,6 +126,16 @@ def test_genes_of_a_cell_scatter_about_its_time() -> None:
     assert np.abs(np.corrcoef(ahead.T)[np.triu_indices(20, 1)]).max() < 0.15
 
 
+def test_a_path_ends_in_walls_and_a_circle_goes_round() -> None:
+    times = np.array([-T_MAX - 1, -1.0, 0.0, 3.0, T_MAX + 2, 2 * T_MAX + 5])
+    assert_allclose(sim.Lineages().fold(times), [T_MAX - 1, 1, 0, 3, T_MAX - 2, 5])
+    assert_allclose(sim.Cycle().fold(times), [T_MAX - 1, T_MAX - 1, 0, 3, 2, 5])
+    x = sim.simulate(2_000, 10, settings=sim.Settings(clock=sim.GeneTime(sd=1.5), lineages=sim.Cycle()))
+    assert x.true_gene_t is not None
+    around = np.angle(np.exp(2j * np.pi * (x.true_gene_t - x.true_t[:, None]) / T_MAX)) / (2 * np.pi) * T_MAX
+    assert_allclose([around.mean(), around.std()], [0, 1.5], atol=0.05)
+
+
 def test_switches_are_uniform_between_their_bounds() -> None:
     switch = sim.simulate(1, 20_000).true_switch / T_MAX
     assert switch.min() >= 0.1 and switch.max() <= 0.5
@@ -143,6 +170,41 @@ def test_counts_have_their_mean_and_variance(noise: sim.Noise, moments: Any) -> 
     assert np.issubdtype(counts.dtype, np.integer) and counts.min() == 0
     assert_allclose(counts.mean(axis=0), expected_mean, rtol=0.02)
     assert_allclose(counts.var(axis=0), expected_variance, rtol=0.03)
+
+
+def test_zero_inflation_is_planted_where_it_is_said_to_be() -> None:
+    library = sim.LibrarySize(depth=20.0)
+    noise = sim.ZeroInflatedNegativeBinomial(gate=0.3, inflated=0.25, library_size=library)
+    everywhere = sim.Settings(noise=noise, kinetics=sim.LogNormalRates(drop=0), stationary=True)
+    x = sim.simulate(2_000, 40, settings=everywhere)
+    assert_array_equal(x.true_gate, [0.3] * 10 + [0.0] * 30)
+    for counts, abundance in ((x.unspliced, x.true_u), (x.spliced, x.true_s)):
+        # Of NB(theta = 10) with means of 20 and more, next to nothing is zero by itself.
+        by_itself = ((10 / (10 + x.library[:, None] * abundance)) ** 10).mean(axis=0)
+        expected = x.true_gate + (1 - x.true_gate) * by_itself
+        assert (np.abs((counts == 0).mean(axis=0) - expected) < 5 * (0.25 / 2_000) ** 0.5).all()
+        seen = (counts / x.library[:, None]).mean(axis=0) / abundance[0]
+        assert_allclose(seen, 1 - x.true_gate, atol=0.06)
+
+
+@pytest.mark.parametrize("noise", sim.NOISES.values(), ids=sim.NOISES)
+def test_gates_are_those_of_the_noise(noise: Any) -> None:
+    gates = sim.simulate(5, 30, settings=sim.Settings(noise=noise())).true_gate
+    assert_array_equal(gates, 0.2 if noise is sim.ZeroInflatedNegativeBinomial else 0.0)
+
+
+def test_counts_of_2000_cells_and_200_genes_are_negative_binomial_with_library_sizes() -> None:
+    noise = sim.NegativeBinomial(theta=4.0, library_size=sim.LibrarySize(depth=3.0, sd=0.5))
+    x = sim.simulate(2_000, 200, settings=sim.Settings(noise=noise, kinetics=sim.LogNormalRates(drop=0)), seed=11)
+    assert x.spliced.shape == x.unspliced.shape == (2_000, 200)
+    for counts, abundance in ((x.unspliced, x.true_u), (x.spliced, x.true_s)):
+        mean = x.library[:, None] * abundance
+        z = ((counts - mean) / np.sqrt(mean + mean**2 / 4))[mean > 1]
+        assert_allclose([z.mean(), z.var()], [0, 1], atol=0.02)
+        # Sums over genes show the cells' library sizes.
+        full = x.true_t > 2
+        ratio = counts[full].sum(axis=1) / abundance[full].sum(axis=1)
+        assert np.corrcoef(np.log(ratio), np.log(x.library[full]))[0, 1] > 0.98
 
 
 def test_no_zero_inflation_is_the_negative_binomial() -> None:
@@ -207,20 +269,102 @@ def test_lineages_are_equally_frequent() -> None:
     assert_allclose(counts / 9_000, [0.7 / 3] * 3 + [0.3], atol=0.02)
 
 
+def test_a_cycle_closes_and_its_genes_are_on_for_as_long_as_they_should_be() -> None:
+    settings = quiet(lineages=sim.Cycle(on=(0.3, 0.5)), kinetics=sim.LogNormalRates(drop=0))
+    x = sim.simulate(2_000, 400, settings=settings)
+    share = np.mod(x.true_switch - x.true_onset, T_MAX)[0] / T_MAX
+    assert share.min() >= 0.3 and share.max() <= 0.5
+    assert_allclose([share.mean(), share.std()], [0.4, 0.2 / 12**0.5], atol=0.01)
+    for times in (x.true_onset, x.true_switch):
+        assert times.shape == (1, 400)
+        assert_allclose([times.mean(), times.std()], [T_MAX / 2, T_MAX / 12**0.5], atol=1)
+    assert (x.true_switch < x.true_onset).any(), "an interval that goes past the end of the circle"
+    first, last = x.true_t.argmin(), x.true_t.argmax()
+    gap = x.true_t[first] + T_MAX - x.true_t[last]
+    for values, speed in ((x.true_u, x.true_alpha), (x.true_s, np.abs(x.true_velocity).max(axis=0))):
+        assert (np.abs(values[first] - values[last]) <= 1.01 * gap * speed).all()
+    assert set(x.lineage.tolist()) == {"lineage_1"}
+
+
+def test_a_cycle_makes_as_much_rna_as_it_degrades() -> None:
+    x = sim.simulate(20_000, 50, settings=quiet(lineages=sim.Cycle(), kinetics=sim.LogNormalRates(drop=0)))
+    order = x.true_t.argsort()
+    t = x.true_t[order]
+    # The trapezoidal rule, the last cell being followed by the first.
+    weight = (np.diff(t, append=t[0] + T_MAX) + np.diff(t, prepend=t[-1] - T_MAX)) / 2 / T_MAX
+    made = x.true_alpha * np.mod(x.true_switch - x.true_onset, T_MAX)[0] / T_MAX
+    assert_allclose(weight @ x.true_u[order], made / x.true_beta, rtol=1e-5)
+    assert_allclose(weight @ x.true_s[order], made / x.true_gamma, rtol=1e-5)
+    assert_allclose(weight @ x.true_velocity[order], 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", sim.NOISES.values(), ids=sim.NOISES)
+def test_batches_change_what_is_seen_and_nothing_that_is_true(noise: Any) -> None:
+    alike = sim.Batches((1.0, 1.0), (1.0, 1.0))
+    one, same_twice, two = (
+        sim.simulate(200, 30, settings=sim.Settings(noise=noise(), batches=batches), seed=2)
+        for batches in (sim.Batches(), alike, TWO_BATCHES)
+    )
+    true = {f.name for f in fields(one) if f.name.startswith("true_")} - {"true_gene_t"}
+    capture = {"true_capture_u", "true_capture_s"}
+    assert set(same(one, two, true | {"lineage", "library"})) == (true - capture) | {"lineage", "library"}
+    assert set(same(same_twice, two, {"batch"})) == {"batch"}
+    assert set(one.batch.tolist()) == {"batch_1"} and set(two.batch.tolist()) == {"batch_1", "batch_2"}
+    # Capture that is the same everywhere is no batch effect: not a bit of the measurement changes.
+    assert set(same(one, same_twice, {"spliced", "unspliced"})) == {"spliced", "unspliced"}
+    assert (same_twice.true_capture_u == 1).all() and (same_twice.true_capture_s == 1).all()
+    assert same(one, two, {"spliced", "unspliced"}) == []
+
+
+def test_the_capture_of_a_batch_is_seen_in_its_means() -> None:
+    batches = sim.Batches(unspliced=(1.0, 0.3, 2.0), spliced=(1.0, 0.8, 0.5), spread=0.3)
+    settings = sim.Settings(
+        noise=sim.Poisson(library_size=sim.LibrarySize(depth=50.0)),
+        batches=batches,
+        kinetics=sim.LogNormalRates(drop=0),
+    )
+    x = sim.simulate(6_000, 400, settings=settings, seed=9)
+    names, counts = np.unique(x.batch, return_counts=True)
+    assert names.tolist() == ["batch_1", "batch_2", "batch_3"]
+    assert_allclose(counts / 6_000, 1 / 3, atol=0.03)
+    for seen, abundance, capture, factors in (
+        (x.unspliced, x.true_u, x.true_capture_u, batches.unspliced),
+        (x.spliced, x.true_s, x.true_capture_s, batches.spliced),
+    ):
+        assert capture.shape == (3, 400)
+        for b, name in enumerate(names):
+            here = x.batch == name
+            expected = (x.library[here, None] * abundance[here]).sum(axis=0)
+            assert_allclose(seen[here].sum(axis=0) / expected, capture[b], rtol=0.05)
+        # Genes scatter about the batch's factor, which is their mean.
+        assert_allclose(capture.mean(axis=1), factors, rtol=0.08)
+        assert_allclose(np.log(capture).std(axis=1), 0.3, atol=0.04)
+
+
 @pytest.mark.parametrize("noise", sim.NOISES.values(), ids=sim.NOISES)
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(noise: Any) -> None:
     settings = sim.Settings(
-        noise=noise(), clock=sim.GeneTime(), lineages=sim.Lineages(count=2), kinetics=sim.LogNormalRates(drop=0)
+        noise=noise(),
+        clock=sim.GeneTime(),
+        lineages=sim.Lineages(count=2),
+        kinetics=sim.LogNormalRates(drop=0),
+        batches=TWO_BATCHES,
     )
     first, again, other = (sim.simulate(60, 30, settings=settings, seed=seed) for seed in (4, 4, 5))
     drawn = {f.name for f in fields(first) if isinstance(getattr(first, f.name), np.ndarray)}
     assert set(same(first, again)) == drawn
-    assert set(same(first, other)) <= ({"library"} if noise is sim.Normal else set())
+    assert set(same(first, other)) <= {"true_gate"} | ({"library"} if noise is sim.Normal else set())
+
+
+@pytest.mark.parametrize("lineages", LINEAGES.values(), ids=LINEAGES)
+def test_every_process_gives_the_same_bits_again(lineages: sim.Process) -> None:
+    first, again = (sim.simulate(60, 30, settings=sim.Settings(lineages=lineages), seed=4) for _ in range(2))
+    assert set(same(first, again)) == {f.name for f in fields(first) if isinstance(getattr(first, f.name), np.ndarray)}
 
 
 def test_the_truth_does_not_depend_on_the_noise() -> None:
     truths = [sim.simulate(60, 30, settings=sim.Settings(noise=noise())) for noise in sim.NOISES.values()]
-    names = {f.name for f in fields(truths[0]) if f.name.startswith("true_") and f.name != "true_gene_t"}
+    names = {f.name for f in fields(truths[0]) if f.name.startswith("true_")} - {"true_gene_t", "true_gate"}
     for truth in truths[1:]:
         assert set(same(truths[0], truth, names)) == names
 
@@ -245,7 +389,8 @@ def test_no_global_random_state_is_read_or_written() -> None:
 @pytest.mark.parametrize("clock", CLOCKS.values(), ids=CLOCKS)
 @pytest.mark.parametrize("lineages", LINEAGES.values(), ids=LINEAGES)
 def test_anndata_keeps_the_truth_through_a_file(noise: Any, clock: Any, lineages: Any, tmp_path: Any) -> None:
-    settings = sim.Settings(noise=noise(), clock=clock, lineages=lineages)
+    batches = TWO_BATCHES if lineages is LINEAGES["three"] else sim.Batches()
+    settings = sim.Settings(noise=noise(), clock=clock, lineages=lineages, batches=batches)
     x = sim.simulate(50, 20, settings=settings, seed=6)
     to_anndata(x).write_h5ad(tmp_path / "simulated.h5ad")
     adata = anndata.read_h5ad(tmp_path / "simulated.h5ad")
@@ -265,7 +410,20 @@ def test_anndata_keeps_the_truth_through_a_file(noise: Any, clock: Any, lineages
         assert_array_equal(adata.var[column], truth)
     assert_array_equal(adata.obs[keys.TRUE_TIME], x.true_t)
     assert (keys.TRUE_TIME in adata.layers) == (clock is CLOCKS["per_gene"])
-    assert ("lineage" in adata.obs) == (lineages.count > 1)
+    assert ("lineage" in adata.obs) == (lineages is LINEAGES["three"])
+    if lineages is LINEAGES["three"]:
+        assert adata.obs["batch"].tolist() == x.batch.tolist()
+        assert_array_equal(adata.varm["true_capture_u"], x.true_capture_u.T)
+        assert_array_equal(adata.varm["true_capture_s"], x.true_capture_s.T)
+        assert_array_equal(adata.varm["true_onset"], x.true_onset.T)
+    else:
+        assert "batch" not in adata.obs and len(adata.varm) == 0
+        assert ("true_onset" in adata.var) == (lineages is LINEAGES["cycle"])
+    if lineages is LINEAGES["cycle"]:
+        assert_array_equal(adata.var["true_onset"], x.true_onset[0])
+    assert ("true_gate" in adata.var) == (noise is sim.ZeroInflatedNegativeBinomial)
+    if noise is sim.ZeroInflatedNegativeBinomial:
+        assert_array_equal(adata.var["true_gate"], x.true_gate)
     shared = (x.true_switch == x.true_switch[0]).all(axis=0)
     assert_array_equal(np.isnan(adata.var[keys.TRUE_SWITCH]), ~shared)
     assert_array_equal(adata.var[keys.TRUE_SWITCH][shared], x.true_switch[0, shared])
@@ -319,7 +477,31 @@ BAD = {
     "kinetics": (lambda: sim.Settings(kinetics=None), r"kinetics to be a Kinetics object; got None"),  # type: ignore[arg-type]
     "stationary": (
         lambda: sim.Settings(stationary=True, lineages=sim.Lineages(count=2)),
-        r"one lineage where stationary=True; got 2\. Cells without dynamics",
+        r"one lineage where stationary=True; got Lineages\(count=2.*Cells without dynamics",
+    ),
+    "stationary_cycle": (
+        lambda: sim.Settings(stationary=True, lineages=sim.Cycle()),
+        r"one lineage where stationary=True; got Cycle\(.*Cells without dynamics",
+    ),
+    "lineages": (lambda: sim.Settings(lineages=3), r"lineages to be a Process object; got 3\. Pass an instance"),  # type: ignore[arg-type]
+    "batches": (lambda: sim.Settings(batches=2), r"batches to be a Batches object; got 2\. Pass an instance"),  # type: ignore[arg-type]
+    "batch_lengths": (
+        lambda: sim.Batches((1.0, 0.5), (1.0,)),
+        r"as many unspliced as spliced factors, one at least; got \[2, 1\]\. Pass one a batch",
+    ),
+    "no_batch": (lambda: sim.Batches((), ()), r"one at least; got \[0, 0\]\. Pass one a batch"),
+    "batch_factor": (
+        lambda: sim.Batches((1.0, 0.0), (1.0, 1.0)),
+        r"each factor of unspliced .* \(0, inf\); got 0\.0\. Pass factors",
+    ),
+    "batch_spread": (lambda: sim.Batches(spread=-1.0), r"spread .* \[0, inf\); got -1\.0\. Pass the sd"),
+    "cycle_on": (
+        lambda: sim.Cycle(on=(0.0, 0.5)),
+        r"on to be \(low, high\) within \(0, 1\); got \(0\.0, 0\.5\)\. Pass",
+    ),
+    "inflated": (
+        lambda: sim.ZeroInflatedNegativeBinomial(inflated=1.5),
+        r"inflated .* \[0, 1\]; got 1\.5\. Pass a fraction",
     ),
 }
 

@@ -28,9 +28,9 @@ from pyro_velo.states import STATE_FAMILIES, StateFamily
 LATENT, GENE_LEVEL = 3, (*RATES, "noise_unspliced", "noise_spliced")
 Values = dict[str, Tensor]
 families = pytest.mark.parametrize("states", STATE_FAMILIES.values(), ids=STATE_FAMILIES.keys())
-PAIRS = [
-    pytest.param(RATE_GUIDES[r], STATE_FAMILIES[s], id=f"{r}-{s}") for r, s in product(RATE_GUIDES, STATE_FAMILIES)
-]
+# Each rate guide with the default states, and each family with the default guide: test_grid.py crosses them all.
+CROSS = [*product(RATE_GUIDES, ["collapsed"]), *product(["mean-field"], STATE_FAMILIES.keys() - {"collapsed"})]
+PAIRS = [pytest.param(RATE_GUIDES[r], STATE_FAMILIES[s], id=f"{r}-{s}") for r, s in sorted(CROSS)]
 
 
 def small(states: type[StateFamily] | None = None, **choices: object) -> VelocityModel:
@@ -136,7 +136,8 @@ def permuted(value: Tensor, order: Tensor) -> Tensor:
     return value
 
 
-@pytest.mark.parametrize(("rates", "states"), PAIRS)
+# A low-rank posterior's factors run across genes, in an order of their own.
+@pytest.mark.parametrize(("rates", "states"), [pair for pair in PAIRS if "low-rank" not in str(pair.id)])
 def test_permuting_the_genes_permutes_the_elbo(rates: type, states: type[StateFamily], double: None) -> None:
     cells, order = some_cells(12, N_GENES), torch.tensor([3, 0, 4, 1, 2])
     other_cells = Cells(cells.molecules[..., order], cells.ratio[order])
@@ -212,7 +213,8 @@ def test_explain_scores_cells_as_the_model_does(states: type[StateFamily], doubl
     values = draw(program, whole(cells))
     molecules = scored(program, values, whole(cells)).nodes["molecules"]["unscaled_log_prob"]
     explained = torch.stack(program.explain(values, whole(cells)).log_joint)
-    assert_close(explained.logsumexp(0).detach(), molecules.detach())
+    found = explained.amax(0) if states.hard else explained.logsumexp(0)
+    assert_close(found.detach(), molecules.detach())
 
 
 def test_c_k_narrows_the_empty_state_alone(double: None) -> None:

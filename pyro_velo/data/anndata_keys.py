@@ -44,6 +44,24 @@ def fitted_layers(uns: Mapping[str, Any], present: Container[str]) -> tuple[str,
     return str(noted.get(SPLICED, names[SPLICED])), str(noted.get(UNSPLICED, names[UNSPLICED]))
 
 
+def of_site(site: str) -> str:
+    """The var key of any other gene-level site of a model.
+
+    >>> of_site("dispersion_spliced")
+    'fit_dispersion_spliced'
+    """
+    return f"fit_{site}"
+
+
+def size_factor(molecule: str) -> str:
+    """The obs key of how deeply a molecule was sequenced in each cell.
+
+    >>> size_factor(SPLICED)
+    'size_spliced'
+    """
+    return f"size_{molecule}"
+
+
 def velocity_embedding(basis: str) -> str:
     """The obsm key of the velocity projected on `basis`.
 

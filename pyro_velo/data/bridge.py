@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from pyro_velo.batch import Cells
+from pyro_velo.batch import Cells, Counts
 from pyro_velo.data import anndata_keys as keys
-from pyro_velo.data.checks import NO_LIMIT, check_adata, check_key, check_two, checked_layers
+from pyro_velo.data.checks import NO_LIMIT, check_adata, check_key, check_two, check_whole, checked_layers
+from pyro_velo.data.covariates import Design, design
 from pyro_velo.data.matrices import checked_matrix
 from pyro_velo.errors import InputError
 
@@ -27,6 +29,8 @@ Array = NDArray[np.float32]
 TOP = 99.0
 """The percentile that counts as a gene's maximum: one extreme cell must not set the scale of all others."""
 GENES_AT_ONCE = 256
+AMBIENT = 0.01
+"""The least abundance that a count is expected from, in units of a gene's range: RNA that is in every droplet."""
 
 
 @dataclass(frozen=True)
@@ -52,31 +56,50 @@ class VelocityData:
     gene_names: list[str]
     scaling: Scaling
     layers: tuple[str, str]
+    design: Design | None = None
 
 
 def velocity_data(
     adata: AnnData,
     *,
     as_is: bool = False,
+    counts: bool = False,
     spliced: str | None = None,
     unspliced: str | None = None,
+    batch_key: str | None = None,
+    covariates: Sequence[str] = (),
     device: str | torch.device = "cpu",
 ) -> VelocityData:
-    """The genes that carry dynamics, min-max scaled: from `Ms` and `Mu`, or from the raw layers (`as_is`).
+    """The genes that carry dynamics: min-max scaled, from `Ms` and `Mu` or from the raw layers (`as_is`); or `counts`.
 
     `spliced` and `unspliced` name other layers. The maximum is the 99th percentile. Genes whose 99th percentile is
     their minimum are left out, and so, unless `as_is`, are those that preprocessing found to carry no dynamics
-    (`velocity_genes`). With `as_is` no ratio of unspliced to spliced is refused. Memory: 8 bytes a cell and fitted
-    gene, and once more while it is made.
+    (`velocity_genes`). With `as_is` no ratio of unspliced to spliced is refused. With `counts` the layers are raw
+    counts, each molecule with its size factor; range and start values are those of `Ms` and `Mu`, or with `as_is` of
+    the normalised counts. `batch_key` and `covariates` are columns of obs (see `data.covariates.design`).
 
-    Raises `InputError` for missing, malformed, NaN, infinite or negative layers, and where no gene is left.
+    Memory: 8 bytes a cell and fitted gene (16 with `counts`), and 8 more while it is made.
+
+    Raises `InputError` for missing, malformed, NaN, infinite or negative layers, counts that are not whole, and where
+    no gene is left.
     """
-    names = (spliced or (keys.SPLICED if as_is else keys.MS), unspliced or (keys.UNSPLICED if as_is else keys.MU))
-    s, u = _layers(adata, names, as_is)
+    raw = as_is or counts
+    names = (spliced or (keys.SPLICED if raw else keys.MS), unspliced or (keys.UNSPLICED if raw else keys.MU))
+    s, u = _layers(adata, names, raw)
+    sizes = None
+    range_s, range_u = s, u
+    if counts:
+        for layer, name in zip((s, u), names, strict=True):
+            check_whole(layer, f"{name}")
+        sizes = [_sizes(adata, layer, name, as_is) for layer, name in ((u, keys.UNSPLICED), (s, keys.SPLICED))]
+        if as_is:
+            range_u, range_s = (_divided(layer, size) for layer, size in zip((u, s), sizes, strict=True))
+        else:
+            range_s, range_u = _layers(adata, (keys.MS, keys.MU), False)
     wanted = np.ones(adata.n_vars, bool)
     if not as_is and keys.VELOCITY_GENES in adata.var:
         wanted = adata.var[keys.VELOCITY_GENES].to_numpy().astype(bool)
-    (u_zero, u_top), (s_zero, s_top) = _range(u), _range(s)
+    (u_zero, u_top), (s_zero, s_top) = _range(range_u), _range(range_s)
     genes = wanted & (u_top > u_zero) & (s_top > s_zero)
     if not genes.any():
         raise InputError(
@@ -84,12 +107,54 @@ def velocity_data(
             "Look at the layers' values, or lower min_shared_counts when preparing."
         )
     scaling = Scaling(u_zero[genes], (u_top - u_zero)[genes], s_zero[genes], (s_top - s_zero)[genes])
-    molecules = torch.empty(2, adata.n_obs, int(genes.sum()))
-    for i, (layer, zero, unit) in enumerate(((u, scaling.u_zero, scaling.u_unit), (s, scaling.s_zero, scaling.s_unit))):
-        molecules[i] = torch.from_numpy((_dense(layer[:, genes]) - zero) / unit)
-    ratio = torch.from_numpy(scaling.u_unit / scaling.s_unit)
-    cells = Cells(molecules.to(device), ratio.to(device))
-    return VelocityData(cells, adata.obs_names, genes, adata.var_names[genes].tolist(), scaling, names)
+    scaled = _stacked(range_u, range_s, genes, scaling).to(device)
+    ratio = torch.from_numpy(scaling.u_unit / scaling.s_unit).to(device)
+    told = design(adata, batch_key, covariates)
+    cells = Cells(scaled, ratio)
+    if sizes is not None:
+        zero, unit = (
+            torch.from_numpy(np.stack(pair))[:, None].to(device)
+            for pair in ((scaling.u_zero, scaling.s_zero), (scaling.u_unit, scaling.s_unit))
+        )
+        size_factors = torch.from_numpy(np.stack(sizes).astype(np.float32))[..., None].to(device)
+        # Nowhere is a count impossible: what floats about reaches every cell.
+        cells = Cells(
+            _stacked(u, s, genes).to(device),
+            ratio,
+            Counts(size_factors, torch.maximum(zero, AMBIENT * unit), unit, scaled),
+        )
+    if told is not None:
+        group = None if told.group is None else torch.from_numpy(told.group).to(device)
+        matrix = torch.from_numpy(told.matrix).to(device)
+        cells = replace(cells, covariates=matrix, group=group, n_groups=len(told.batches))
+    return VelocityData(cells, adata.obs_names, genes, adata.var_names[genes].tolist(), scaling, names, told)
+
+
+def _sizes(adata: AnnData, layer: Any, molecule: str, as_is: bool) -> Array:
+    """How deeply each cell was sequenced, 1 the median: what preprocessing noted, or the layer's own totals."""
+    key = keys.size_factor(molecule)
+    if not as_is and key in adata.obs:
+        return adata.obs[key].to_numpy(np.float32)
+    totals = np.asarray(layer.sum(axis=1), np.float64).ravel()
+    # An empty cell counts as the smallest other one: any factor explains it.
+    return (np.maximum(totals, totals[totals > 0].min()) / np.median(totals[totals > 0])).astype(np.float32)
+
+
+def _divided(layer: Any, sizes: Array) -> Any:
+    """Counts over the size factors of their cells."""
+    return sparse.diags(1 / sizes) @ sparse.csr_matrix(layer)
+
+
+def _stacked(u: Any, s: Any, genes: NDArray[np.bool_], scaling: Scaling | None = None) -> torch.Tensor:
+    """Both layers' fitted genes, (2, N, G), scaled if it is said how."""
+    out = torch.empty(2, u.shape[0], int(genes.sum()))
+    for into, layer in zip(out, (u, s), strict=True):
+        columns = sparse.csr_matrix(layer) if sparse.issparse(layer) else layer
+        into[:] = torch.from_numpy(_dense(columns[:, genes]))
+    if scaling is not None:
+        for into, zero, unit in ((out[0], scaling.u_zero, scaling.u_unit), (out[1], scaling.s_zero, scaling.s_unit)):
+            into.sub_(torch.from_numpy(zero)).div_(torch.from_numpy(unit))
+    return out
 
 
 def check_same(adata: AnnData, data: VelocityData) -> None:
@@ -182,14 +247,13 @@ def _gene_columns(posterior: Posterior, data: VelocityData) -> dict[str, Array]:
         unit = scale.s_unit if site == "alpha" else np.float32(1)
         columns[name] = posterior.rates[site] * unit
         columns[f"{name}_sd"] = posterior.rates_sd[site] * unit
-    for name, site, unit in (
-        (keys.FIT_STD_U, "noise_unspliced", scale.u_unit),
-        (keys.FIT_STD_S, "noise_spliced", scale.s_unit),
-    ):
-        if site in posterior.rates:
-            columns[name] = posterior.rates[site] * unit
+    units = {"noise_unspliced": (keys.FIT_STD_U, scale.u_unit), "noise_spliced": (keys.FIT_STD_S, scale.s_unit)}
+    for site in posterior.rates.keys() - {"alpha", "beta", "gamma", "switch_time"}:
+        name, unit = units.get(site, (keys.of_site(site), scale.s_unit if site == "alpha_1" else np.float32(1)))
+        columns[name] = posterior.rates[site] * unit
     columns[keys.FIT_LIKELIHOOD] = np.exp(posterior.log_likelihood / 2)
-    u, s = (layer.cpu().numpy() for layer in (data.cells.u * data.cells.ratio, data.cells.s))
+    measured_u, measured_s = data.cells.scaled
+    u, s = (measured_u * data.cells.ratio).cpu().numpy(), measured_s.cpu().numpy()
     columns[keys.FIT_R2] = np.minimum(explained_variance(u, posterior.u), explained_variance(s, posterior.s))
     columns[keys.FIT_U0], columns[keys.FIT_S0] = scale.u_zero, scale.s_zero
     return columns

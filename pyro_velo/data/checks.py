@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from pyro_velo.data.anndata_keys import LAYERS_OUT, OBS_OUT, OBSM_OUT, SPLICED, UNS, UNS_PREPARE, UNSPLICED, VAR_OUT
 from pyro_velo.data.matrices import Matrix, checked_matrix, sums
@@ -220,4 +221,15 @@ def _check_cells(adata: AnnData, layers: Layers) -> None:
             f"{int(empty.sum()):,} of {adata.n_obs:,} cells have no counts at all (first cell: "
             f"{adata.obs_names[int(empty.argmax())]!r}), expected some in each; drop the empty cells (a raw/ folder "
             "holds every barcode: take filtered/)."
+        )
+
+
+def check_whole(layer: Any, name: str) -> None:
+    """Raises `InputError` for a layer with numbers that are not whole, which are no raw counts."""
+    values = layer.data if sparse.issparse(layer) else layer
+    fractions = values[values != np.rint(values)]
+    if fractions.size:
+        raise InputError(
+            f"Layer {name!r} holds {fractions.size:,} numbers that aren't whole (first: {fractions[0]:g}), expected "
+            "raw counts; pass the layer from before it was normalised, or fit the layers as they are (--as-is)."
         )

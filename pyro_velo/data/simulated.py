@@ -23,9 +23,11 @@ from pyro_velo.data.anndata_keys import (
     TRUE_VELOCITY,
     UNSPLICED,
 )
-from pyro_velo.simulate import Simulation
+from pyro_velo.simulate import Batches, Simulation
 
-LINEAGE, TRUE_LIBRARY, TRUE_ONSET, SIMULATION = "lineage", "true_library", "true_onset", "simulation"
+LINEAGE, BATCH, SIMULATION = "lineage", "batch", "simulation"
+TRUE_LIBRARY, TRUE_ONSET, TRUE_GATE = "true_library", "true_onset", "true_gate"
+TRUE_CAPTURE_U, TRUE_CAPTURE_S = "true_capture_u", "true_capture_s"
 
 
 def to_anndata(simulation: Simulation) -> AnnData:
@@ -35,9 +37,12 @@ def to_anndata(simulation: Simulation) -> AnnData:
     `true_velocity`, float32, in abundance (per unit of time) whatever the library size; `true_t` where genes have
     times of their own.
     obs: `true_t`, the cell's time in [0, 20]; `true_library`, counts per unit of abundance; `lineage` where there are
-    several.
+    several; `batch` where settings have any.
     var: `true_alpha`, `true_beta`, `true_gamma`, and `true_t_`, which is NaN where lineages differ: varm `true_onset`
-    and `true_t_` (genes, lineages) hold the times then.
+    and `true_t_` (genes, lineages) hold the times then. `true_onset` where genes of one path come on after its start,
+    as in a cycle; `true_gate`, the probability that a count is lost, where any is.
+    varm: `true_capture_u`, `true_capture_s` (genes, batches), by which the truth is to be multiplied for what a batch's
+    cells show of it.
     uns: `simulation`, the settings and the seed.
     """
     obs = pd.DataFrame(
@@ -56,9 +61,19 @@ def to_anndata(simulation: Simulation) -> AnnData:
     )
     adata = AnnData(_measured(simulation.spliced), obs=obs, var=var, layers=_layers(simulation))
     adata.uns[SIMULATION] = {"settings": _plain(simulation.settings), "seed": simulation.seed}
+    if (simulation.true_gate > 0).any():
+        adata.var[TRUE_GATE] = simulation.true_gate
+    if simulation.settings.batches != Batches():
+        adata.obs[BATCH] = pd.Categorical(simulation.batch)
+        adata.varm[TRUE_CAPTURE_U], adata.varm[TRUE_CAPTURE_S] = (
+            simulation.true_capture_u.T,
+            simulation.true_capture_s.T,
+        )
     if len(switch) > 1:
         adata.obs[LINEAGE] = pd.Categorical(simulation.lineage)
         adata.varm[TRUE_ONSET], adata.varm[TRUE_SWITCH] = simulation.true_onset.T, switch.T
+    elif (simulation.true_onset > 0).any():
+        adata.var[TRUE_ONSET] = simulation.true_onset[0]
     return adata
 
 

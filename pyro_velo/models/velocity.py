@@ -2,7 +2,9 @@ r"""RNA velocity as a Pyro program (Gayoso et al. 2023, with priors on the rates
 
 | site | batch shape | event |
 |---|---|---|
-| alpha, beta, gamma, switch_time, noise_unspliced, noise_spliced | (G,) | |
+| alpha, beta, gamma, switch_time; those of the transcription and of the times; noise_unspliced, noise_spliced or what
+  else the likelihood has | (G,) | |
+| batch_effect_unspliced, batch_effect_spliced, with experimental batches | (G,) | batches |
 | z | (B, 1) | d |
 | pi | (B, G) | 4 |
 | molecules | (B, G) | 2 |
@@ -11,7 +13,7 @@ r"""RNA velocity as a Pyro program (Gayoso et al. 2023, with priors on the rates
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import pyro
@@ -21,18 +23,18 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_velo.batch import Batch, Cells
-from pyro_velo.initial import Initialisation, Start, SteadyState
-from pyro_velo.kinetics import T_MAX, Rates, induction, repression, velocity
-from pyro_velo.likelihoods import JointMixture, Likelihood, Normal
+from pyro_velo.initial import Initialisation, Start, SteadyState, rates_by_order, rough_order
+from pyro_velo.kinetics import T_MAX, Rates, repression, velocity
+from pyro_velo.likelihoods import Likelihood, Normal
+from pyro_velo.mixture import JointMixture
 from pyro_velo.models.base import Model
-from pyro_velo.nn import Decoder
 from pyro_velo.priors import Priors
 from pyro_velo.states import Collapsed, StateFamily
+from pyro_velo.times import OrderPenalty, PerGene, Timed, Times
+from pyro_velo.transcription import Constant, Transcription
 
 RATES = Rates._fields
 MOLECULES = ("unspliced", "spliced")
-
-
 C_K = (1.0, 1.0, 1.0, 0.1)
 """What each state's noise is multiplied by: in the repression steady state nothing is left to vary (veloVI)."""
 
@@ -70,9 +72,8 @@ class SwitchPenalty:
     weight: float = 0.2
     annealed: bool = True
 
-    def __call__(self, rates: Rates, start: Start, ratio: Tensor, n_cells: int) -> None:
-        """Add the factor, inside the genes' plate."""
-        u, s = induction(rates.alpha, rates.beta, rates.gamma, rates.switch_time)
+    def __call__(self, u: Tensor, s: Tensor, start: Start, ratio: Tensor, n_cells: int) -> None:
+        """Add the factor, inside the genes' plate; `u` and `s` (G,) are those at the switch."""
         miss = ((u - start.switch_unspliced) / ratio) ** 2 + (s - start.switch_spliced) ** 2
         factor = dist.Unit(-self.weight * n_cells * miss)
         pyro.sample("switch_penalty", factor, obs=miss.new_empty(*miss.shape, 0), infer={"penalty": self.annealed})
@@ -80,7 +81,9 @@ class SwitchPenalty:
 
 @dataclass(frozen=True)
 class VelocityModel(Model):
-    """The recipe: which likelihood, priors, state family and start values, and how large the decoder is.
+    """The recipe: every part of the model, each an object to swap, and how large the decoder is.
+
+    `hidden=()` makes the decoder linear: a loading for each gene and latent dimension.
 
     >>> VelocityModel(priors=Priors(concentration=0.5)).priors.concentration
     0.5
@@ -89,8 +92,11 @@ class VelocityModel(Model):
     likelihood: Likelihood = field(default_factory=Normal)
     priors: Priors = field(default_factory=Priors)
     states: StateFamily = field(default_factory=Collapsed)
+    times: Times = field(default_factory=PerGene)
+    transcription: Transcription = field(default_factory=Constant)
     initial: Initialisation = field(default_factory=SteadyState)
     penalty: SwitchPenalty = field(default_factory=SwitchPenalty)
+    order: OrderPenalty = field(default_factory=OrderPenalty)
     n_latent: int = 10
     hidden: Sequence[int] = (128,)
 
@@ -105,79 +111,142 @@ class VelocityProgram(nn.Module):
     def __init__(self, recipe: VelocityModel, cells: Cells) -> None:
         super().__init__()
         self.recipe, self.n_genes = recipe, cells.n_genes
-        self.start = recipe.initial(cells)
-        self.times = Decoder(recipe.n_latent, cells.n_genes, recipe.hidden, heads=2)
+        self.n_covariates, self.n_groups = cells.n_covariates, cells.n_groups
+        self.start = self._start(cells)
+        self.times = recipe.times.build(recipe.n_latent + cells.n_covariates, cells.n_genes, recipe.hidden)
         self.ratio: Tensor
         self.state_scale: Tensor
+        self.zero: Tensor | None
+        self.unit: Tensor | None
         self.register_buffer("ratio", torch.as_tensor(cells.ratio).to(cells.molecules))
         self.register_buffer("state_scale", cells.molecules.new_tensor(C_K)[:, None, None])
+        self.register_buffer("zero", cells.counts.zero if cells.counts else None)
+        self.register_buffer("unit", cells.counts.unit if cells.counts else None)
+
+    def _start(self, cells: Cells) -> Start:
+        """Start values of every gene-level site."""
+        recipe, start = self.recipe, self.recipe.initial(cells)
+        if recipe.times.shared:
+            start = replace(start, rates=rates_by_order(cells, start.rates))
+        likelihood = {
+            f"{kind}_{molecule}": torch.full_like(start.rates.alpha, recipe.likelihood.starts[kind])
+            for molecule in MOLECULES
+            for kind in recipe.likelihood.parameters
+        }
+        effects = {
+            f"batch_effect_{molecule}": start.rates.alpha.new_zeros(self.n_genes, self.n_groups)
+            for molecule in MOLECULES
+            if self.n_groups
+        }
+        others = recipe.transcription.start(start.rates) | recipe.times.start(start.rates.switch_time)
+        return replace(start, others=others | likelihood | effects)
 
     def forward(self, batch: Batch) -> None:
         """Rates per gene; then, for each cell, its latent vector, its genes' states, and what is measured of them."""
         pyro.module("model", self)
-        recipe, priors, start = self.recipe, self.recipe.priors, self.start.sites()
+        recipe, priors = self.recipe, self.recipe.priors
         genes = pyro.plate("genes", self.n_genes, dim=-1)
         cells = pyro.plate("cells", batch.n_cells, subsample=batch.index, dim=-2)
         with genes:
-            rates = Rates(*(pyro.sample(name, priors.of(name, start)) for name in RATES))
-            parameters = {
-                f"{kind}_{molecule}": pyro.sample(
-                    f"{kind}_{molecule}", priors.of(f"{kind}_{molecule}", start, kind=kind)
-                )
-                for molecule in MOLECULES
-                for kind in recipe.likelihood.parameters
-            }
-            recipe.penalty(rates, self.start, self.ratio, batch.n_cells)
+            values = self.sample_genes()
+            rates = Rates(*(values[name] for name in RATES))
+            at_switch = recipe.transcription.induction(rates, values, rates.switch_time)
+            recipe.penalty(*at_switch, self.start, self.ratio, batch.n_cells)
         with cells:
             z = pyro.sample("z", priors.latent.expand([recipe.n_latent]).to_event(1))
+            timed = self.times(batch.conditioned(z.squeeze(-2)), rates.switch_time, values)
+            if timed.shared is not None:
+                recipe.order(timed.shared, self.rough_order(batch), self.n_genes)
             with genes:
                 log_weights = recipe.states.prior(priors.concentration, batch.u)
-                means = self.means(rates, *self.latent_times(rates.switch_time, z.squeeze(-2)))
-                mixture = self.mixture(log_weights, means, parameters)
+                self.times.regularise(timed, values)
+                means = self.means(rates, values, timed)
+                mixture = self.mixture(self.weighted(log_weights, timed), means, values, batch)
                 pyro.sample("molecules", mixture, obs=batch.molecules.movedim(0, -1))
 
-    def latent_times(self, switch: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Time since the start in induction, and since the switch in repression, (B, G), from `z` (B, d)."""
-        rho_induction, rho_repression = torch.sigmoid(self.times(z))
-        return rho_induction * switch, rho_repression * (T_MAX - switch)
+    def rough_order(self, batch: Batch) -> Tensor:
+        """The order of the batch's cells before any fit, (B,) in [0, 1]."""
+        x = batch.molecules
+        if self.unit is not None and self.zero is not None and batch.size_factors is not None:
+            x = (x / batch.size_factors - self.zero) / self.unit
+        return rough_order(x[0] * self.ratio, x[1], self.start.rates)
 
-    def means(self, rates: Rates, t_on: Tensor, t_off: Tensor) -> Means:
+    def sample_genes(self) -> dict[str, Tensor]:
+        """Every gene-level site, inside the genes' plate."""
+        recipe, start, values = self.recipe, self.start.sites(), {}
+        for name in (*RATES, *recipe.transcription.sites, *recipe.times.sites):
+            values[name] = pyro.sample(name, recipe.priors.of(name, start))
+        for molecule in MOLECULES:
+            for kind in recipe.likelihood.parameters:
+                name = f"{kind}_{molecule}"
+                values[name] = pyro.sample(name, recipe.priors.of(name, start, kind=kind))
+            if self.n_groups:
+                name = f"batch_effect_{molecule}"
+                prior = recipe.priors.of(name, start, kind="batch_effect")
+                values[name] = pyro.sample(name, prior.expand([self.n_groups]).to_event(1))
+        return values
+
+    def means(self, rates: Rates, values: Mapping[str, Tensor], timed: Timed) -> Means:
         """The four states' (u, s): on the way up, at its end, on the way down, and empty."""
-        alpha, beta, gamma, switch = rates
-        u_on, s_on = induction(alpha, beta, gamma, t_on)
-        u_off, s_off = repression(*induction(alpha, beta, gamma, switch), beta, gamma, t_off)
-        empty = torch.zeros_like(alpha)
-        return Means((u_on, alpha / beta, u_off, empty), (s_on, alpha / gamma, s_off, empty))
+        induction = self.recipe.transcription.induction
+        u_on, s_on = induction(rates, values, timed.on)
+        u_off, s_off = repression(*induction(rates, values, rates.switch_time), rates.beta, rates.gamma, timed.off)
+        u_full, s_full = self.recipe.transcription.full(rates, values)
+        empty = torch.zeros_like(rates.alpha)
+        return Means((u_on, u_full, u_off, empty), (s_on, s_full, s_off, empty))
 
-    def mixture(self, log_weights: Tensor, means: Means, parameters: Mapping[str, Tensor]) -> JointMixture:
+    def weighted(self, log_weights: Tensor, timed: Timed) -> Tensor:
+        """The states' log-weights (4, B, G), with what the times say of them."""
+        if timed.log_weights is None:
+            return log_weights
+        on, off = timed.log_weights
+        return log_weights + torch.stack((on, on, off, off))
+
+    def mixture(self, log_weights: Tensor, means: Means, values: Mapping[str, Tensor], batch: Batch) -> JointMixture:
         """The joint mixture over the states for both molecules."""
         u, s = (torch.stack([mean.expand(log_weights.shape[1:]) for mean in each]) for each in means)
-        return JointMixture(log_weights, *self.likelihoods(u, s, parameters, self.state_scale))
+        return JointMixture(
+            log_weights, *self.likelihoods(u, s, values, batch, self.state_scale), hard=self.recipe.states.hard
+        )
 
     def likelihoods(
-        self, u: Tensor, s: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float
+        self, u: Tensor, s: Tensor, values: Mapping[str, Tensor], batch: Batch, scale: Tensor | float
     ) -> tuple[TorchDistribution, TorchDistribution]:
         """p(unspliced) and p(spliced) around their means, both given in units of scaled spliced."""
-        kinds = self.recipe.likelihood.parameters
-        unspliced, spliced = ({kind: parameters[f"{kind}_{molecule}"] for kind in kinds} for molecule in MOLECULES)
-        likelihood = self.recipe.likelihood
-        return likelihood(u / self.ratio, unspliced, scale), likelihood(s, spliced, scale)
+        found = []
+        for i, (molecule, mean) in enumerate(zip(MOLECULES, (u / self.ratio, s), strict=True)):
+            if batch.group is not None:
+                mean = mean * torch.exp(batch_effect(values[f"batch_effect_{molecule}"], batch.group))
+            if self.unit is not None and self.zero is not None and batch.size_factors is not None:
+                mean = batch.size_factors[i] * (self.zero[i] + self.unit[i] * mean)
+            own = {kind: values[f"{kind}_{molecule}"] for kind in self.recipe.likelihood.parameters}
+            found.append(self.recipe.likelihood(mean, own, scale))
+        return found[0], found[1]
 
     def explain(self, values: Mapping[str, Tensor], batch: Batch) -> Explained:
         """What a draw of every latent site (by name) says of the cells of `batch`, state by state."""
         rates, z = Rates(*(values[name] for name in RATES)), values["z"].squeeze(-2)
-        t_on, t_off = self.latent_times(rates.switch_time, z)
-        means = self.means(rates, t_on, t_off)
+        timed = self.times(batch.conditioned(z), rates.switch_time, values)
+        means = self.means(rates, values, timed)
         (u_on, _, u_off, _), (s_on, _, s_off, _) = means
+        weights = self.weighted(self.recipe.states.log_weights(values["pi"]), timed)
         # State by state, and not stacked: a steady state's arithmetic is then that of one number a gene.
         log_joint = []
-        for log_weight, u, s, scale in zip(self.recipe.states.log_weights(values["pi"]), *means, C_K, strict=True):
-            unspliced, spliced = self.likelihoods(u, s, values, scale)
+        for log_weight, u, s, scale in zip(weights, *means, C_K, strict=True):
+            unspliced, spliced = self.likelihoods(u, s, values, batch, scale)
             log_joint.append(log_weight + unspliced.log_prob(batch.u) + spliced.log_prob(batch.s))
         return Explained(
             tuple(log_joint),
             *means,
             # In both steady states beta u = gamma s.
             velocity=(velocity(rates, u_on, s_on), 0.0, velocity(rates, u_off, s_off), 0.0),
-            t=(t_on, rates.switch_time, rates.switch_time + t_off, T_MAX),
+            t=(timed.on, rates.switch_time, rates.switch_time + timed.off, T_MAX)
+            if timed.shared is None
+            # A cell has its time whatever state a gene is in.
+            else (timed.on + timed.off,) * len(C_K),
         )
+
+
+def batch_effect(effects: Tensor, group: Tensor) -> Tensor:
+    """Each cell's log-factor (B, G) from those of the experimental batches (G, K), which are 0 on average."""
+    return (effects - effects.mean(-1, keepdim=True)).T[group]

@@ -1,7 +1,8 @@
 """Cells and genes whose kinetics are known: what a method must recover, and nulls with nothing to recover.
 
-Each part of the story is an object that can be replaced: the rates (`Kinetics`), the cells' times (`Clock`), the
-`Lineages`, and what the measurement adds (`Noise`). No global random state is read or written.
+Each part of the story is an object that can be replaced: the rates (`Kinetics`), the cells' times (`Clock`), the path
+they follow (`Lineages` that branch, or a `Cycle`), and what the measurement adds (`Noise`, `Batches`). No global random
+state is read or written.
 
 >>> counts = simulate(100, 50, settings=Settings(noise=Poisson(), lineages=Lineages(count=2)), seed=0)
 >>> sorted(set(counts.lineage.tolist()))
@@ -10,6 +11,7 @@ Each part of the story is an object that can be replaced: the rates (`Kinetics`)
 
 from __future__ import annotations
 
+from pyro_velo.simulate.batches import Batches
 from pyro_velo.simulate.noise import (
     Counts,
     LibrarySize,
@@ -19,7 +21,17 @@ from pyro_velo.simulate.noise import (
     Poisson,
     ZeroInflatedNegativeBinomial,
 )
-from pyro_velo.simulate.process import Clock, GeneTime, GivenRates, Kinetics, Lineages, LogNormalRates, SharedTime
+from pyro_velo.simulate.process import (
+    Clock,
+    Cycle,
+    GeneTime,
+    GivenRates,
+    Kinetics,
+    Lineages,
+    LogNormalRates,
+    Process,
+    SharedTime,
+)
 from pyro_velo.simulate.simulation import Settings, Simulation, simulate
 
 NOISES: dict[str, type[Noise]] = {
@@ -32,8 +44,10 @@ NOISES: dict[str, type[Noise]] = {
 
 __all__ = [
     "NOISES",
+    "Batches",
     "Clock",
     "Counts",
+    "Cycle",
     "GeneTime",
     "GivenRates",
     "Kinetics",
@@ -44,6 +58,7 @@ __all__ = [
     "Noise",
     "Normal",
     "Poisson",
+    "Process",
     "Settings",
     "SharedTime",
     "Simulation",

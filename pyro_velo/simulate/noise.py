@@ -23,6 +23,10 @@ class Noise(ABC):
         """Expected counts (cells,) per unit of abundance; 1 where abundances themselves are measured."""
 
     @abstractmethod
+    def gates(self, n_genes: int) -> Array:
+        """The probability (genes,) that a value of a gene is lost, and 0 is measured; zeros without zero inflation."""
+
+    @abstractmethod
     def observe(self, mean: Array, rng: Generator) -> Array:
         """A measurement (cells, genes) whose noise-free value is `mean`, library size included."""
 
@@ -41,6 +45,10 @@ class Normal(Noise):
     def library(self, n_cells: int, rng: Generator) -> Array:
         """Ones (cells,): abundances are measured as they are."""
         return np.ones(n_cells)
+
+    def gates(self, n_genes: int) -> Array:
+        """Zeros (genes,): nothing is lost."""
+        return np.zeros(n_genes)
 
     def observe(self, mean: Array, rng: Generator) -> Array:
         """Noisy abundances (cells, genes), float64."""
@@ -97,6 +105,10 @@ class Poisson(Counts):
         """Check the settings."""
         _check_counts(self.library_size, 1, 0)
 
+    def gates(self, n_genes: int) -> Array:
+        """Zeros (genes,): nothing is lost."""
+        return np.zeros(n_genes)
+
     def observe(self, mean: Array, rng: Generator) -> Array:
         """Counts (cells, genes), int64."""
         return rng.poisson(mean)
@@ -113,6 +125,10 @@ class NegativeBinomial(Counts):
         """Check the settings."""
         _check_counts(self.library_size, self.theta, 0)
 
+    def gates(self, n_genes: int) -> Array:
+        """Zeros (genes,): nothing is lost."""
+        return np.zeros(n_genes)
+
     def observe(self, mean: Array, rng: Generator) -> Array:
         """Counts (cells, genes), int64."""
         return _negative_binomial(mean, self.theta, rng)
@@ -121,15 +137,25 @@ class NegativeBinomial(Counts):
 @final
 @dataclass(frozen=True)
 class ZeroInflatedNegativeBinomial(Counts):
-    """Negative binomial counts of which a fraction `gate` is lost, so that their mean is (1 - gate) times as large."""
+    """Negative binomial counts of which a fraction `gate` is lost, so that their mean is (1 - gate) times as large.
+
+    Counts are lost in the first genes alone, a fraction `inflated` of them; genes are drawn in no order.
+    """
 
     theta: float = 10.0
     gate: float = 0.2
+    inflated: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the settings."""
         _check_counts(self.library_size, self.theta, self.gate)
+        require_number("inflated", self.inflated, "[0, 1]", "Pass a fraction of the genes, or 1 for all of them.")
+
+    def gates(self, n_genes: int) -> Array:
+        """`gate` for the first genes, 0 for the others (genes,)."""
+        return np.where(np.arange(n_genes) < round(self.inflated * n_genes), self.gate, 0.0)
 
     def observe(self, mean: Array, rng: Generator) -> Array:
         """Counts (cells, genes), int64."""
-        return np.where(rng.random(mean.shape) < self.gate, 0, _negative_binomial(mean, self.theta, rng))
+        lost = rng.random(mean.shape) < self.gates(mean.shape[1])
+        return np.where(lost, 0, _negative_binomial(mean, self.theta, rng))

@@ -1,4 +1,4 @@
-"""The process that is simulated: the rates of genes, the times of cells, and the lineages they follow."""
+"""The process that is simulated: the rates of genes, the times of cells, and the path that cells follow."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from pyro_velo.kinetics import T_MAX
+from pyro_velo.kinetics import T_MAX, Rates, periodic, trajectory
 from pyro_velo.simulate.checks import require, require_count, require_number
 
 Array = NDArray[Any]
@@ -99,7 +100,10 @@ class Clock(ABC):
 
     @abstractmethod
     def gene_times(self, t: Array, n_genes: int, rng: Generator) -> Array | None:
-        """Times (cells, genes) in [0, T_MAX], given the cells' times `t` (cells,); None where genes share them."""
+        """Times (cells, genes), given the cells' times `t` (cells,); None where genes share them.
+
+        The process folds those outside [0, T_MAX] back into it.
+        """
 
 
 @final
@@ -115,7 +119,7 @@ class SharedTime(Clock):
 @final
 @dataclass(frozen=True)
 class GeneTime(Clock):
-    """Each gene of a cell is ahead of the cell's time or behind it by Normal(0, `sd`), reflected at 0 and T_MAX."""
+    """Each gene of a cell is ahead of the cell's time or behind it by Normal(0, `sd`)."""
 
     sd: float = 3.0
 
@@ -124,20 +128,46 @@ class GeneTime(Clock):
         require_number("sd", self.sd, "(0, inf)", "Pass a deviation in units of time such as 3.0, or use SharedTime().")
 
     def gene_times(self, t: Array, n_genes: int, rng: Generator) -> Array:
-        """Times (cells, genes) in [0, T_MAX]."""
-        unfolded = np.mod(rng.normal(t[:, None], self.sd, (len(t), n_genes)), 2 * T_MAX)
-        return np.minimum(unfolded, 2 * T_MAX - unfolded)
+        """Times (cells, genes), unbounded."""
+        return rng.normal(t[:, None], self.sd, (len(t), n_genes))
+
+
+class Process(ABC):
+    """The path or paths that cells follow: when genes come on and go off along them, and what abundances follow."""
+
+    @abstractmethod
+    def draw(self, n_genes: int, rng: Generator) -> tuple[Array, Array]:
+        """Times (paths, genes) in [0, T_MAX] at which genes come on and go off."""
+
+    @abstractmethod
+    def fold(self, t: Array) -> Array:
+        """Times, of any shape, folded back into [0, T_MAX]."""
+
+    @abstractmethod
+    def abundances(self, rates: Array, onset: Array, switch: Array, t: Array) -> tuple[Array, Array]:
+        """Noise-free u and s, given `rates` (genes, 3) and the times, which broadcast to (cells, genes)."""
+
+    @abstractmethod
+    def labels(self, t: Array, path: Array) -> Array:
+        """A name (cells,) for where each cell is, given the cells' times and the numbers of their paths."""
+
+
+def _rates(rates: Array, time_on: Array) -> Rates:
+    """Rates (genes, 3), and how long genes are on (cells, genes), as the kinetics take them."""
+    alpha, beta, gamma = (torch.from_numpy(rate.copy()) for rate in rates.T)
+    return Rates(alpha, beta, gamma, torch.from_numpy(time_on))
 
 
 @final
 @dataclass(frozen=True)
-class Lineages:
+class Lineages(Process):
     """One path of all cells, or a trunk that divides at `branch_at` * T_MAX into `count` equally frequent lineages.
 
     Each gene goes off at U(`switch`) * T_MAX, the same in all lineages, but for a fraction `specific` of the genes.
     Those are alike in all lineages up to the branching and differ after it, one half each in one of two ways:
     a fate gene is silent in the trunk and comes on at the branching, in one lineage alone; a diverging gene is on from
     the start, and goes off at a time of its own in each lineage. Both go off U(`switch`) * T_MAX after the branching.
+    Times are reflected at 0 and T_MAX.
     """
 
     count: int = 1
@@ -169,3 +199,55 @@ class Lineages:
         on[:, fate] = off[:, fate] = T_MAX
         on[own, fate], off[own, fate] = branch, later[own, fate]
         return on, off
+
+    def fold(self, t: Array) -> Array:
+        """Times reflected at 0 and T_MAX."""
+        unfolded = np.mod(t, 2 * T_MAX)
+        return np.minimum(unfolded, 2 * T_MAX - unfolded)
+
+    def abundances(self, rates: Array, onset: Array, switch: Array, t: Array) -> tuple[Array, Array]:
+        """Noise-free u and s (cells, genes): zero up to the onset, then induction, from the switch on repression."""
+        since_onset = torch.from_numpy(np.maximum(t - onset, 0))
+        u, s = trajectory(_rates(rates, switch - onset), since_onset)
+        return u.numpy(), s.numpy()
+
+    def labels(self, t: Array, path: Array) -> Array:
+        """The trunk before the branching, "lineage_1", ... after it; all "lineage_1" where there is but one."""
+        labels = np.array([f"lineage_{number + 1}" for number in range(self.count)])[path]
+        return labels if self.count == 1 else np.where(t < self.branch_at * T_MAX, "trunk", labels)
+
+
+@final
+@dataclass(frozen=True)
+class Cycle(Process):
+    """The cell cycle: time is a circle of length T_MAX, on which each gene comes on and goes off for ever.
+
+    A gene comes on anywhere, at U(0, 1) * T_MAX, and stays on for U(`on`) * T_MAX, past the end of the circle where it
+    must: its switch is then before its onset. Cells have gone round so often that where they started is forgotten.
+    Times beyond 0 and T_MAX go on at the other end.
+    """
+
+    on: tuple[float, float] = (0.2, 0.6)
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        ordered = len(self.on) == 2 and 0 < self.on[0] <= self.on[1] < 1
+        require(ordered, "on to be (low, high) within (0, 1)", self.on, "Pass fractions of a cycle, as (0.2, 0.6).")
+
+    def draw(self, n_genes: int, rng: Generator) -> tuple[Array, Array]:
+        """Times (1, genes) at which genes come on and go off."""
+        onset, time_on = rng.uniform(0, T_MAX, (1, n_genes)), rng.uniform(*self.on, (1, n_genes)) * T_MAX
+        return onset, self.fold(onset + time_on)
+
+    def fold(self, t: Array) -> Array:
+        """Times modulo T_MAX."""
+        return np.mod(t, T_MAX)
+
+    def abundances(self, rates: Array, onset: Array, switch: Array, t: Array) -> tuple[Array, Array]:
+        """Noise-free u and s (cells, genes): the periodic solution."""
+        u, s = periodic(_rates(rates, self.fold(switch - onset)), torch.from_numpy(self.fold(t - onset)))
+        return u.numpy(), s.numpy()
+
+    def labels(self, t: Array, path: Array) -> Array:
+        """All "lineage_1": a circle has no branches."""
+        return np.full(len(t), "lineage_1")

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
-import torch
 from numpy.random import Generator, SeedSequence
 from numpy.typing import NDArray
 
-from pyro_velo.kinetics import T_MAX, Rates, trajectory
+from pyro_velo.kinetics import T_MAX
+from pyro_velo.simulate.batches import Batches
 from pyro_velo.simulate.checks import require, require_count
 from pyro_velo.simulate.noise import Noise, Normal
-from pyro_velo.simulate.process import Clock, Kinetics, Lineages, LogNormalRates, SharedTime
+from pyro_velo.simulate.process import Clock, Kinetics, Lineages, LogNormalRates, Process, SharedTime
 
 Array = NDArray[Any]
 
@@ -23,39 +23,54 @@ Array = NDArray[Any]
 class Settings:
     """The parts of a simulation; the defaults are the recipe by which the field compares methods.
 
-    `stationary=True` is a null: every cell stands at its genes' steady state, (alpha / beta, alpha / gamma), whatever
-    its time.
+    `lineages` is the process that cells follow: `Lineages`, or a `Cycle`. `stationary=True` is a null: every cell
+    stands at its genes' steady state, (alpha / beta, alpha / gamma), whatever its time.
     """
 
     kinetics: Kinetics = field(default_factory=LogNormalRates)
     clock: Clock = field(default_factory=SharedTime)
-    lineages: Lineages = field(default_factory=Lineages)
+    lineages: Process = field(default_factory=Lineages)
     noise: Noise = field(default_factory=Normal)
+    batches: Batches = field(default_factory=Batches)
     stationary: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for name, kind in {"kinetics": Kinetics, "clock": Clock, "lineages": Lineages, "noise": Noise}.items():
+        for name, kind in PARTS.items():
             part, expected = getattr(self, name), f"{name} to be a {kind.__name__} object"
             require(isinstance(part, kind), expected, part, "Pass an instance, as in Settings(noise=Poisson()).")
-        branching = self.stationary and self.lineages.count > 1
-        remedy = "Cells without dynamics have no lineages: leave out one of the two."
-        require(not branching, "one lineage where stationary=True", self.lineages.count, remedy)
+        one_path = isinstance(self.lineages, Lineages) and self.lineages.count == 1
+        remedy = "Cells without dynamics follow no path: leave out one of the two."
+        require(one_path or not self.stationary, "one lineage where stationary=True", self.lineages, remedy)
+
+
+PARTS: dict[str, type] = {
+    "kinetics": Kinetics,
+    "clock": Clock,
+    "lineages": Process,
+    "noise": Noise,
+    "batches": Batches,
+}
+"""What each entry of `Settings` must be."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Simulation:
-    """What was measured and what is true, for N cells, G genes and L lineages.
+    """What was measured and what is true, for N cells, G genes, L lineages and B batches.
 
     `spliced`, `unspliced` (N, G): measured; abundances (Normal noise) or counts.
     `true_u`, `true_s` (N, G): noise-free abundances. `true_velocity` (N, G): ds/dt = beta u - gamma s, abundance/time.
     `true_alpha`, `true_beta`, `true_gamma` (G,). `true_onset`, `true_switch` (L, G): the times at which a gene comes on
-    and goes off, see `Lineages`; NaN in a stationary simulation.
+    and goes off, see `Lineages` and `Cycle`; NaN in a stationary simulation.
     `true_t` (N,): the cell's time in [0, T_MAX]; `true_gene_t` (N, G): its genes' times, None where they share it.
     `lineage` (N,): "trunk" before the branching, "lineage_1", ... after it; all "lineage_1" where there is but one.
-    `library` (N,): counts per unit of abundance, 1 with Normal noise. The truth is in abundances: counts have mean
-    `library[:, None] * true_u` (times 1 - gate with zero inflation) and ds/dt `library[:, None] * true_velocity`.
+    `library` (N,): counts per unit of abundance, 1 with Normal noise. `batch` (N,): "batch_1", "batch_2", ....
+    `true_capture_u`, `true_capture_s` (B, G): the share of the molecules that is captured, see `Batches`.
+    `true_gate` (G,): the probability that a count is lost, 0 without zero inflation.
+    The truth is in abundances, before capture: a cell n of batch b has counts of mean
+    `library[n] * true_capture_u[b] * true_u[n]` (times `1 - true_gate`), and the ds/dt of its counts is
+    `library[n] * true_capture_s[b] * true_velocity[n]`.
     """
 
     spliced: Array
@@ -70,8 +85,12 @@ class Simulation:
     true_switch: Array
     true_t: Array
     true_gene_t: Array | None
+    true_capture_u: Array
+    true_capture_s: Array
+    true_gate: Array
     lineage: Array
     library: Array
+    batch: Array
     settings: Settings
     seed: int
 
@@ -83,7 +102,8 @@ def simulate(n_cells: int = 1000, n_genes: int = 300, *, settings: Settings | No
 
     Cells stand at the times of a Poisson process scaled to [0, T_MAX], in random order. `n_genes` genes are drawn, of
     which the kinetics may keep fewer (see `LogNormalRates`). Each part draws from a random stream of its own, so that
-    settings that differ only in the noise share their truth. Raises InputError for settings out of range.
+    settings that differ only in the noise or the batches share their truth. Raises InputError for settings out of
+    range.
 
     Reference for the defaults: the simulations of Bergen et al. 2020 and Gayoso et al. 2023.
 
@@ -95,26 +115,26 @@ def simulate(n_cells: int = 1000, n_genes: int = 300, *, settings: Settings | No
     n_genes = require_count("n_genes", n_genes, 1, "Ask for one gene at least.")
     seed = require_count("seed", seed, 0, "Pass a seed such as 0.")
     settings = Settings() if settings is None else settings
-    for_genes, for_cells, for_clock, for_noise = map(np.random.default_rng, SeedSequence(seed).spawn(4))
+    for_genes, for_cells, for_clock, for_noise, for_batches = map(np.random.default_rng, SeedSequence(seed).spawn(5))
+    process = settings.lineages
 
     rates = settings.kinetics.draw(n_genes, for_genes)
-    onset, switch = settings.lineages.draw(len(rates), for_genes)
-    t, lineage = _cells(n_cells, settings.lineages.count, for_cells)
+    onset, switch = process.draw(len(rates), for_genes)
+    t, path = _cells(n_cells, len(onset), for_cells)
     gene_t = settings.clock.gene_times(t, len(rates), for_clock)
+    gene_t = None if gene_t is None else process.fold(gene_t)
     if settings.stationary:
         onset, switch = np.full_like(onset, np.nan), np.full_like(switch, np.nan)
-        u, s, velocity = _steady(rates, n_cells)
+        u, s = _steady(rates, n_cells)
     else:
-        u, s, velocity = _follow(rates, onset[lineage], switch[lineage], t[:, None] if gene_t is None else gene_t)
-    library = settings.noise.library(n_cells, for_noise)
-    unspliced, spliced = (settings.noise.observe(library[:, None] * mean, for_noise) for mean in (u, s))
+        u, s = process.abundances(rates, onset[path], switch[path], t[:, None] if gene_t is None else gene_t)
     alpha, beta, gamma = rates.T.copy()
     return Simulation(
-        spliced=spliced,
-        unspliced=unspliced,
+        **_measure(u, s, settings, for_noise, for_batches),
         true_u=u,
         true_s=s,
-        true_velocity=velocity,
+        # In the steady state the difference would be that of rounding.
+        true_velocity=np.zeros_like(s) if settings.stationary else beta * u - gamma * s,
         true_alpha=alpha,
         true_beta=beta,
         true_gamma=gamma,
@@ -122,33 +142,36 @@ def simulate(n_cells: int = 1000, n_genes: int = 300, *, settings: Settings | No
         true_switch=switch,
         true_t=t,
         true_gene_t=gene_t,
-        lineage=_labels(t, lineage, settings.lineages),
-        library=library,
+        lineage=process.labels(t, path),
         settings=settings,
         seed=seed,
     )
 
 
-def _cells(n_cells: int, n_lineages: int, rng: Generator) -> tuple[Array, Array]:
-    """Times (cells,) in [0, T_MAX], shuffled so that the order of the cells tells nothing, and lineage numbers."""
+def _cells(n_cells: int, n_paths: int, rng: Generator) -> tuple[Array, Array]:
+    """Times (cells,) in [0, T_MAX], shuffled so that the order of the cells tells nothing, and numbers of paths."""
     t = np.cumsum(rng.standard_exponential(n_cells))
-    return rng.permutation(t / t[-1] * T_MAX), rng.integers(n_lineages, size=n_cells)
+    return rng.permutation(t / t[-1] * T_MAX), rng.integers(n_paths, size=n_cells)
 
 
-def _steady(rates: Array, n_cells: int) -> tuple[Array, Array, Array]:
+def _steady(rates: Array, n_cells: int) -> tuple[Array, Array]:
+    """The u and s (cells, genes) of cells that stand still."""
     alpha, beta, gamma = rates.T
-    u, s = (np.tile(level, (n_cells, 1)) for level in (alpha / beta, alpha / gamma))
-    return u, s, np.zeros_like(s)
+    return np.tile(alpha / beta, (n_cells, 1)), np.tile(alpha / gamma, (n_cells, 1))
 
 
-def _follow(rates: Array, onset: Array, switch: Array, t: Array) -> tuple[Array, Array, Array]:
-    """u, s and ds/dt (cells, genes): nothing before the onset, induction up to the switch, repression after it."""
-    alpha, beta, gamma = (torch.from_numpy(rate.copy()) for rate in rates.T)
-    from_onset = Rates(alpha, beta, gamma, torch.from_numpy(switch - onset))
-    u, s = (x.numpy() for x in trajectory(from_onset, torch.from_numpy(np.maximum(t - onset, 0))))
-    return u, s, rates[:, 1] * u - rates[:, 2] * s
-
-
-def _labels(t: Array, lineage: Array, lineages: Lineages) -> Array:
-    labels = np.array([f"lineage_{number + 1}" for number in range(lineages.count)])[lineage]
-    return labels if lineages.count == 1 else np.where(t < lineages.branch_at * T_MAX, "trunk", labels)
+def _measure(u: Array, s: Array, settings: Settings, for_noise: Generator, for_batches: Generator) -> dict[str, Array]:
+    """What is seen of the abundances, and of which library size, batch, capture and gate it is."""
+    noise, batches, (n_cells, n_genes) = settings.noise, settings.batches, u.shape
+    batch = batches.assign(n_cells, for_batches)
+    capture_u, capture_s = batches.capture(n_genes, for_batches)
+    library = noise.library(n_cells, for_noise)
+    return {
+        "unspliced": noise.observe(library[:, None] * capture_u[batch] * u, for_noise),
+        "spliced": noise.observe(library[:, None] * capture_s[batch] * s, for_noise),
+        "library": library,
+        "batch": np.array([f"batch_{number + 1}" for number in range(len(capture_u))])[batch],
+        "true_capture_u": capture_u,
+        "true_capture_s": capture_s,
+        "true_gate": noise.gates(n_genes),
+    }
