@@ -65,7 +65,8 @@ class Problem:
 
     def _supports(self) -> dict[str, object]:
         batch = self.cells.batch(torch.arange(len(self.cells)))
-        trace = poutine.trace(self.fitted.program).get_trace(batch)
+        with self.fitted.parameters():
+            trace = poutine.trace(self.fitted.program).get_trace(batch)
         sites = {name: trace.nodes[name] for name in trace.stochastic_nodes}
         return {name: site["fn"].support for name, site in sites.items() if is_gene_level(site) and name != "genes"}
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyro_velo.batch import Batch, Cells
 from pyro_velo.errors import InputError
+from pyro_velo.rates import is_gene_level
 from pyro_velo.schedule import WithoutPenalties
 from pyro_velo.train import Fitted
 
@@ -63,7 +64,7 @@ def nuts(
         with torch.no_grad():
             start = init_to_value(values=_latent(poutine.trace(fitted.guide).get_trace(batch)))
         diverged: list[int] = []
-        kernel = NUTS(density, init_strategy=start)
+        kernel = NUTS(density, init_strategy=start, full_mass=_dense(density, batch, warmup))
         chain = MCMC(kernel, samples, warmup, hook_fn=_notes(diverged), disable_progbar=not show)
         chain.run(batch)
     if diverged:
@@ -105,6 +106,14 @@ def cells_at_means(fitted: Fitted, cells: Cells) -> dict[str, Tensor]:
     with fitted.parameters(), AtMeans(), torch.random.fork_rng([cells.u.device] if cells.u.is_cuda else []):
         trace = poutine.trace(fitted.guide).get_trace(_all(cells))
     return {name: value for name, value in _latent(trace).items() if _of_cells(trace.nodes[name])}
+
+
+def _dense(density: Callable, batch: Batch, warmup: int) -> list[tuple[str, ...]]:
+    """Gene-level sites share a dense mass matrix, because they are correlated, if the warm-up can learn one."""
+    trace = poutine.trace(density).get_trace(batch)
+    genes = {name: value for name, value in _latent(trace).items() if is_gene_level(trace.nodes[name])}
+    few = sum(value.numel() for value in genes.values()) <= warmup / 5
+    return [tuple(genes)] if genes and few else []
 
 
 def _notes(diverged: list[int]) -> Callable[..., None]:

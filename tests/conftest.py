@@ -9,6 +9,9 @@ from pathlib import Path
 
 # Before anything imports matplotlib, and for subprocesses too.
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each core has a worker: threads of commands that tests run would fight for them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -33,8 +33,8 @@ def cells_for(counts: bool) -> Cells:
     return Cells(molecules, ratio, Counts(size, 0.01 * unit, unit, scaled))
 
 
-def a_step(model: pv.VelocityModel, guide: pv.guides.Amortized, cells: Cells) -> tuple[dict, set[str]]:
-    """Gradients of every parameter, and the latent sites of the model."""
+def a_step(model: pv.VelocityModel, guide: pv.guides.Amortized, cells: Cells) -> dict[str, torch.Tensor]:
+    """Gradients of every parameter."""
     with pyro.get_param_store().scope():
         program = model.build(cells)
         its_guide = guide(program)
@@ -44,10 +44,14 @@ def a_step(model: pv.VelocityModel, guide: pv.guides.Amortized, cells: Cells) ->
             parameter.data.add_(0.1 * torch.randn_like(parameter))
         loss = Trace_ELBO().differentiable_loss(program, its_guide, batch)
         loss.backward()
-        found = {name: pyro.param(name).unconstrained().grad for name in pyro.get_param_store()}
-        trace = poutine.trace(program).get_trace(batch)
-    sites = {name for name in trace.stochastic_nodes if trace.nodes[name]["type"] == "sample"}
-    return found, sites - {"genes", "cells"}
+        return {name: pyro.param(name).unconstrained().grad for name in pyro.get_param_store()}
+
+
+def latent_sites(model: pv.VelocityModel, cells: Cells) -> set[str]:
+    """What the model draws, by tracing."""
+    with pyro.get_param_store().scope():
+        trace = poutine.trace(model.build(cells)).get_trace(cells.batch(torch.arange(N)))
+    return set(trace.stochastic_nodes) - {"genes", "cells"}
 
 
 def test_every_combination_takes_a_step_with_a_gradient_everywhere() -> None:
@@ -59,7 +63,7 @@ def test_every_combination_takes_a_step_with_a_gradient_everywhere() -> None:
             likelihood=recipe, states=STATE_FAMILIES[states](), times=TIMES[times](), n_latent=D, hidden=(5,)
         )
         guide = pv.guides.Amortized(rates=RATE_GUIDES[rates](), hidden=(5,), hidden_states=(5,))
-        gradients, _ = a_step(model, guide, cells_for(recipe.counts))
+        gradients = a_step(model, guide, cells_for(recipe.counts))
         for name, gradient in gradients.items():
             if gradient is None or not gradient.isfinite().all() or not gradient.abs().max() > 0:
                 without.append(f"{likelihood} {states} {rates} {times}: {name}")
@@ -86,7 +90,7 @@ def test_a_part_brings_its_sites_and_no_others(part: dict[str, str], brings: set
     chosen = {name: tables[name][value]() for name, value in part.items()}
     model = pv.VelocityModel(**chosen, n_latent=D, hidden=(5,))
     cells = cells_for(model.likelihood.counts)
-    _, sites = a_step(model, pv.guides.Amortized(hidden=(5,), hidden_states=(5,)), cells)
+    sites = latent_sites(model, cells)
     expected = {"alpha", "beta", "gamma", "switch_time", "z", "pi"}
     for kind in brings:
         per_molecule = kind in model.likelihood.parameters

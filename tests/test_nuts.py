@@ -78,11 +78,11 @@ def near_the_start(batch: Batch) -> None:
 def test_it_draws_a_known_posterior(cells: Cells, double: None) -> None:
     covariance = (torch.eye(2) + 4 * torch.ones(2, 2)).inverse()
     mean = covariance.sum(0) * 4 * 1.5
-    found = nuts(of(ridge, near_the_start), cells, samples=300, warmup=100, progress=False)
-    assert {name: value.shape for name, value in found.items()} == {"x": (300, 2), "y": (300, 2)}
+    found = nuts(of(ridge, near_the_start), cells, samples=200, warmup=80, progress=False)
+    assert {name: value.shape for name, value in found.items()} == {"x": (200, 2), "y": (200, 2)}
     for i, draws in enumerate((found["x"], found["y"].log())):
         # Of the mean, and of the sd, both in sds.
-        error = STANDARD_ERRORS / effective_sample_size(draws[None]).clamp_max(300).sqrt()
+        error = STANDARD_ERRORS / effective_sample_size(draws[None]).clamp_max(200).sqrt()
         sd = covariance[i, i].sqrt()
         assert ((draws.mean(0) - mean[i]).abs() < error * sd).all()
         assert ((draws.std(0) / sd - 1).abs() < error).all()
@@ -94,10 +94,10 @@ def test_it_draws_a_known_posterior(cells: Cells, double: None) -> None:
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_state(fitted: Fitted, cells: Cells) -> None:
     given = cells_at_means(fitted, cells)
     torch.manual_seed(5)
-    before = torch.get_rng_state()
+    before, names = torch.get_rng_state(), set(pyro.get_param_store().keys())
     one, again, other = (nuts(fitted, cells, given=given, samples=3, warmup=2, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
-    assert list(pyro.get_param_store().keys()) == []
+    assert set(pyro.get_param_store().keys()) == names
     for name in GENE_LEVEL:
         assert torch.equal(one[name], again[name]) and not torch.equal(one[name], other[name])
 
@@ -106,17 +106,20 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_state(fitted: F
 @families
 def test_sites_are_found_by_tracing(states: str, cells: Cells) -> None:
     fitted = fit_of(cells, states)
-    genes = {name: (2, 3) for name in GENE_LEVEL}
-    found = nuts(fitted, cells, given=cells_at_means(fitted, cells), samples=2, warmup=2)
-    assert {name: value.shape for name, value in found.items()} == genes
-    # A point is no site to draw.
-    drawn = {"z": (2, 12, 1, 2)} | (
-        {} if states == "collapsed" else {"pi": (2, *cells_at_means(fitted, cells)["pi"].shape)}
-    )
+    given = cells_at_means(fitted, cells)
+    found = nuts(fitted, cells, given=given, samples=2, warmup=2)
+    assert {name: value.shape for name, value in found.items()} == {name: (2, 3) for name in GENE_LEVEL}
+    assert all((value > 0).all() for value in found.values()) and (found["switch_time"] < 20).all()
+    # Where the model has a point there is no site to draw.
+    left = GENE_LEVEL | {"z"} | (set() if states in {"collapsed", "hard"} else {"pi"})
+    trace = poutine.trace(target(fitted, cells)).get_trace(whole(cells))
+    assert set(trace.stochastic_nodes) - {"genes", "cells"} == left
+
+
+@short
+def test_the_cells_are_drawn_where_they_are_not_given(fitted: Fitted, cells: Cells) -> None:
     found = nuts(fitted, cells, samples=2, warmup=2)
-    assert {name: value.shape for name, value in found.items()} == genes | drawn
-    assert all(value.isfinite().all() for value in found.values())
-    assert (found["switch_time"] < 20).all() and all((found[name] > 0).all() for name in GENE_LEVEL)
+    assert found.keys() == GENE_LEVEL | {"z"} and found["z"].shape == (2, 12, 1, 2)
 
 
 def some_values(fitted: Fitted) -> Values:
@@ -132,10 +135,11 @@ def by_hand(fitted: Fitted, values: Values, cells: Cells, *, equal_weights: bool
     """The gene-level sites' priors, and the mixture of the states in every cell."""
     trace = poutine.trace(poutine.condition(gene_sites(fitted.program), data=values)).get_trace(whole(cells))
     priors = sum(trace.nodes[name]["fn"].log_prob(values[name]).sum() for name in GENE_LEVEL)
+    states = fitted.program.recipe.states
     log_joint = torch.stack(fitted.program.explain(values, whole(cells)).log_joint)
     if equal_weights:
-        log_joint = log_joint - fitted.program.recipe.states.log_weights(values["pi"]) - torch.tensor(4.0).log()
-    return priors + log_joint.logsumexp(0).sum()
+        log_joint = log_joint - states.log_weights(values["pi"]) - torch.tensor(4.0).log()
+    return priors + (log_joint.amax(0) if states.hard else log_joint.logsumexp(0)).sum()
 
 
 @families
@@ -191,6 +195,14 @@ def test_the_networks_stay_as_they_are(fitted: Fitted, cells: Cells) -> None:
         assert all(torch.equal(value, before[name]) for name, value in parameters().items())
 
 
+def test_correlated_sites_share_a_mass_matrix_that_the_warm_up_can_learn(fitted: Fitted, cells: Cells) -> None:
+    """Five draws a value: 18 values want 90."""
+    density = target(fitted, cells)
+    (together,) = module._dense(density, whole(cells), 90)
+    assert set(together) == GENE_LEVEL
+    assert module._dense(density, whole(cells), 89) == []
+
+
 def wall(batch: Batch) -> None:
     """A Normal that ends, where no gradient tells of it beforehand."""
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -227,14 +239,14 @@ def problem() -> Problem:
 
 @pytest.fixture(scope="module")
 def truth(problem: Problem) -> Tensor:
-    chains = exact(problem, chains=2, samples=300, warmup=300)
+    chains = exact(problem, chains=1, samples=300, warmup=300)
     assert split_gelman_rubin(chains).max() < 1.1
     return chains.flatten(0, 1)
 
 
 @pytest.fixture(scope="module")
 def guides(problem: Problem) -> dict[str, Tensor]:
-    return {name: approximate(problem, make(), draws=1000) for name, make in RATE_GUIDES.items()}
+    return {name: approximate(problem, make(), draws=500) for name, make in RATE_GUIDES.items()}
 
 
 @pytest.mark.slow
