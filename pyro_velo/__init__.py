@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pyro_velo.models.velocity import VelocityModel as VelocityModel
     from pyro_velo.priors import Centered as Centered
     from pyro_velo.priors import Priors as Priors
-    from pyro_velo.report import report as report
+    from pyro_velo.reporting import report as report
     from pyro_velo.train import TrainSettings as TrainSettings
 
 _MODULES = {"pl": "plots", "pp": "preprocess"} | {
@@ -76,7 +76,7 @@ _NAMES = {
     "VelocityModel": "models.velocity",
     "Centered": "priors",
     "Priors": "priors",
-    "report": "report",
+    "report": "reporting",
     "TrainSettings": "train",
 }
 

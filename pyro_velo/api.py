@@ -37,7 +37,7 @@ from pyro_velo.options import BASIS, COLOR, FitOptions
 from pyro_velo.posterior import check_draws
 from pyro_velo.priors import priors_from_text
 from pyro_velo.rates import RATE_GUIDES
-from pyro_velo.report import report
+from pyro_velo.reporting import report
 from pyro_velo.states import STATE_FAMILIES
 from pyro_velo.times import TIMES
 from pyro_velo.train import TrainSettings

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import PARTICLES
 from pyro_velo.plots.comparison import comparison as picture_of
-from pyro_velo.report import Picture, flattened, picture, plus_minus, versions
+from pyro_velo.reporting import Picture, flattened, picture, plus_minus, versions
 from pyro_velo.train import TrainSettings
 from pyro_velo.verdict import Group, Row, mean_and_error
 from pyro_velo.version import __version__

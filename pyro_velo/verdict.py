@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyro_velo.evidence import Array, Evidence
-from pyro_velo.report import plus_minus
+from pyro_velo.reporting import plus_minus
 
 CLOSE = 2.0
 """Standard errors of a paired difference within which a simpler variant is preferred."""

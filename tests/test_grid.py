@@ -83,7 +83,7 @@ def test_every_combination_takes_a_step_with_a_gradient_everywhere() -> None:
         ({"times": "shared"}, {"noise"}),
         ({"transcription": "time-dependent"}, {"noise", "alpha_1", "ramp"}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value.values()) or "default" if isinstance(value, dict) else "",
 )
 def test_a_part_brings_its_sites_and_no_others(part: dict[str, str], brings: set[str]) -> None:
     tables = {"likelihood": LIKELIHOODS, "times": TIMES, "transcription": TRANSCRIPTIONS}

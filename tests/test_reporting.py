@@ -18,7 +18,7 @@ from fitted import fitted_adata
 from pyro_velo import plots
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.errors import InputError
-from pyro_velo.report import plus_minus, render, report
+from pyro_velo.reporting import plus_minus, render, report
 
 SECTIONS = ["method", "training", "stream", "time", "uncertainty", "portraits", "rates", "ranking", "table", "settings"]
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -194,7 +194,7 @@ def test_a_crash_while_writing_leaves_the_old_file(adata, tmp_path, monkeypatch)
     target = tmp_path / "report.html"
     target.write_text("old")
     # The package's attribute `report` is the function, not the module.
-    monkeypatch.setattr(sys.modules["pyro_velo.report"], "render", lambda *_, **__: "new")
+    monkeypatch.setattr(sys.modules["pyro_velo.reporting"], "render", lambda *_, **__: "new")
 
     def full(self: Path, text: str, **_: str) -> None:
         with open(self, "w") as file:
