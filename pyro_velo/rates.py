@@ -1,8 +1,8 @@
 r"""Guides of the gene-level sites: the rates, the switching times and the likelihood's parameters.
 
 Each maps the model's program to a Pyro autoguide over its sites in the plate `genes`, found by tracing, that starts at
-the data-driven values (`program.start`). A new one is one class with one method. benchmarks/rates.py measures how far each
-is from the exact posterior.
+the data-driven values (`program.start`). A new one is one class with one method. benchmarks/rates.py measures how far
+each is from NUTS.
 """
 
 from __future__ import annotations
