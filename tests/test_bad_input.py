@@ -575,7 +575,9 @@ def test_ctrl_c_in_the_middle_of_a_real_write(tmp_path):
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     root = Path(__file__).resolve().parent.parent
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root) as process:
+    # A shell's background jobs ignore Ctrl-C, and hand that down.
+    options = {"cwd": root, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
         assert process.stdout.readline() == b"started\n"
         assert any(tmp_path.iterdir())
         process.send_signal(signal.SIGINT)

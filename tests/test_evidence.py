@@ -155,6 +155,7 @@ def test_what_cells_share_costs_its_kl_by_training_cell() -> None:
 
 
 @exact
+@pytest.mark.slow
 def test_the_density_is_the_one_predicted_with_the_rates_integrated_out() -> None:
     fitted, cells, program = linear(sd=0.15, width=1.2)
     truth = log_evidence(fitted, cells, program.moments(SHIFT, 0.15))

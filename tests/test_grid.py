@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from operator import ne
 
 import pyro
 import pytest
@@ -19,7 +20,9 @@ from pyro_velo.times import TIMES
 from pyro_velo.transcription import TRANSCRIPTIONS
 
 N, G, D = 9, 4, 2
+DEFAULT = ("normal", "collapsed", "mean-field", "per-gene")
 GRID = list(product(LIKELIHOODS, STATE_FAMILIES, RATE_GUIDES, TIMES))
+TWO_SWAPS = [parts for parts in GRID if sum(map(ne, parts, DEFAULT)) <= 2]
 
 
 def cells_for(counts: bool) -> Cells:
@@ -54,10 +57,19 @@ def latent_sites(model: pv.VelocityModel, cells: Cells) -> set[str]:
     return set(trace.stochastic_nodes) - {"genes", "cells"}
 
 
+def test_any_two_swaps_take_a_step_with_a_gradient_everywhere() -> None:
+    assert without_gradient(TWO_SWAPS) == []
+
+
+@pytest.mark.slow
 def test_every_combination_takes_a_step_with_a_gradient_everywhere() -> None:
-    torch.manual_seed(0)
+    assert without_gradient(GRID) == []
+
+
+def without_gradient(grid: list[tuple[str, ...]]) -> list[str]:
+    """The parameters that a step leaves without a gradient, by the combination."""
     without: list[str] = []
-    for likelihood, states, rates, times in GRID:
+    for likelihood, states, rates, times in grid:
         recipe = LIKELIHOODS[likelihood]()
         model = pv.VelocityModel(
             likelihood=recipe, states=STATE_FAMILIES[states](), times=TIMES[times](), n_latent=D, hidden=(5,)
@@ -67,7 +79,7 @@ def test_every_combination_takes_a_step_with_a_gradient_everywhere() -> None:
         for name, gradient in gradients.items():
             if gradient is None or not gradient.isfinite().all() or not gradient.abs().max() > 0:
                 without.append(f"{likelihood} {states} {rates} {times}: {name}")
-    assert not without
+    return without
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_uncertainty_is_none_where_all_draws_agree_and_large_where_they_oppose()
     )
 
 
-@pytest.mark.parametrize("over_states", ["expected", "most likely"])
+@pytest.mark.parametrize("over_states", ["expected", pytest.param("most likely", marks=pytest.mark.slow)])
 def test_the_compiled_functions_say_the_same(fitted, cells, monkeypatch, over_states):
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
