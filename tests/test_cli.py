@@ -337,7 +337,7 @@ def stopped(*arguments: str | Path, cwd: Path, by: signal.Signals) -> tuple[int,
         )
         try:
             deadline = time.monotonic() + SECONDS
-            while process.poll() is None and not any(path.is_file() for path in cwd.glob("saved/**/*")):
+            while process.poll() is None and not (cwd / "saved" / "checkpoint.safetensors").exists():
                 assert time.monotonic() < deadline, f"No checkpoint in time: {log.read_text()}"
                 time.sleep(0.05)
             process.send_signal(by)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -263,3 +265,12 @@ def test_per_gene_has_the_sds_and_correlations_that_mean_field_lacks(truth: Tens
     assert off["per-gene"].mean() < off["mean-field"].mean() / 2
     assert (off["per-gene"].median(0).values <= off["mean-field"].median(0).values + 0.1).all()
     assert (correlations(guides["per-gene"]) - correlations(truth)).abs().median() < 0.1
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_runs() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "rates.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["sd"].shape == (5,) and (names["sd"] > 0).all()
