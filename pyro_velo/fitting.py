@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyro
 import torch
+from numpy.typing import NDArray
 from pyro.infer import ELBO
 
 from pyro_velo import checkpoint
@@ -22,7 +25,7 @@ from pyro_velo.forensics import NonFiniteError
 from pyro_velo.guides import Amortized
 from pyro_velo.models.base import Model
 from pyro_velo.models.velocity import VelocityModel
-from pyro_velo.posterior import OverStates, Posterior, summarise
+from pyro_velo.posterior import Draws, OverStates, Posterior, stream, summarise
 from pyro_velo.train import Fitted, Guide, Training, TrainSettings, restore, train
 from pyro_velo.version import __version__
 
@@ -66,6 +69,27 @@ class Fit:
         seed = self.fitted.training.settings.seed
         as_if = None if batch is None else self._in_batch(batch)
         return summarise(self.fitted, self.data.cells, draws=draws, over_states=over_states, seed=seed, as_if=as_if)
+
+    def velocities(
+        self,
+        receive: Callable[[NDArray[np.int64], NDArray[np.float32]], None],
+        *,
+        draws: int = 100,
+        over_states: OverStates = "expected",
+        progress: bool | None = None,
+    ) -> None:
+        """Call `receive(cells, velocities)` for one batch of cells after the other, without ever holding all draws.
+
+        `cells` (B,) are their numbers, `velocities` (draws, B, fitted genes) in the units of the spliced layer per unit
+        of latent time. The i-th draws of all cells are one draw of the whole; they are those that `write` summarises.
+        """
+        unit = self.data.scaling.s_unit
+
+        def scaled(index: NDArray[np.int64], drawn: Draws) -> None:
+            receive(index, drawn.velocities.cpu().numpy() * unit)
+
+        seed = self.fitted.training.settings.seed
+        stream(self.fitted, self.data.cells, scaled, draws=draws, over_states=over_states, seed=seed, progress=progress)
 
     def _in_batch(self, batch: str) -> Cells:
         design = self.data.design

@@ -65,18 +65,21 @@ class Posterior:
     uncertainty: Array
 
 
-class _Draws(NamedTuple):
-    """One batch: the velocity in every draw (D, B, G); the means over draws, and the sds of `SPREAD`, (B, G) each."""
+class Draws(NamedTuple):
+    """One batch: the velocity in every draw (D, B, G); the means over draws, and the sds of `SPREAD`, (B, G) each.
+
+    In the units of the model; `z` (B, d) is the mean over draws.
+    """
 
     velocities: Tensor
     mean: dict[str, Tensor]
     sd: dict[str, Tensor]
     z: Tensor
 
-    def first(self, n: int) -> _Draws:
+    def first(self, n: int) -> Draws:
         """The first `n` cells."""
         mean, sd = ({name: value[:n] for name, value in each.items()} for each in (self.mean, self.sd))
-        return _Draws(self.velocities[:, :n], mean, sd, self.z[:n])
+        return Draws(self.velocities[:, :n], mean, sd, self.z[:n])
 
 
 AVERAGED = ("velocity", "t", "u", "s", "log_likelihood", *STATES)
@@ -103,6 +106,30 @@ def summarise(
 
     Raises InputError for fewer than two draws, which have no spread.
     """
+    out = _Summary(len(cells), cells.n_genes)
+    rates = stream(
+        fitted, cells, out.add, draws=draws, over_states=over_states, seed=seed, progress=progress, as_if=as_if
+    )
+    return out.finish(rates)
+
+
+@torch.no_grad()
+def stream(
+    fitted: Fitted,
+    cells: Cells,
+    receive: Callable[[NDArray[np.int64], Draws], None],
+    *,
+    draws: int = 100,
+    over_states: OverStates = "expected",
+    seed: int = 0,
+    progress: bool | None = None,
+    as_if: Cells | None = None,
+) -> list[dict[str, Tensor]]:
+    """Call `receive` with the numbers of a batch of cells and their draws, batch by batch; return the draws' rates.
+
+    Draw i has the same rates in every batch, so that the i-th draws of all cells are one draw of the whole. The same
+    seed gives the same draws. Raises `InputError` for fewer than two.
+    """
     check_draws(draws)
     device = cells.molecules.device
     with (
@@ -112,7 +139,6 @@ def summarise(
     ):
         torch.manual_seed(seed)
         rates = _draw_rates(fitted, cells, draws)
-        out = _Summary(len(cells), cells.n_genes)
         work = draws * len(cells) * cells.n_genes
         take = compiled(partial(_take, fitted.program, over_states), work, device)
         bar = tqdm(total=len(cells), desc="posterior", unit="cell", disable=None if progress is None else not progress)
@@ -120,9 +146,9 @@ def summarise(
             for index, new in _equal_parts(len(cells), max(1, CELLS_GENES_AT_ONCE // cells.n_genes)):
                 batch = cells.batch(index.to(device))
                 told = batch if as_if is None else as_if.batch(index.to(device))
-                out.add(index[:new].numpy(), _draw_batch(fitted, batch, told, rates, take).first(new))
+                receive(index[:new].numpy(), _draw_batch(fitted, batch, told, rates, take).first(new))
                 bar.update(new)
-    return out.finish(rates)
+    return rates
 
 
 def check_draws(draws: int) -> None:
@@ -158,7 +184,7 @@ def _equal_parts(n_cells: int, size: int) -> Iterator[tuple[Tensor, int]]:
 
 def _draw_batch(
     fitted: Fitted, seen: Batch, batch: Batch, rates: list[dict[str, Tensor]], take: Callable[..., Tensor]
-) -> _Draws:
+) -> Draws:
     """Every draw for one batch, which the encoder knows as `seen`."""
     velocities = batch.u.new_empty(len(rates), *batch.u.shape)
     mean = {name: torch.zeros_like(batch.u) for name in AVERAGED}
@@ -171,7 +197,7 @@ def _draw_batch(
         velocities[i] = take(values, batch, mean, squares, share)
         z = z + values["z"].squeeze(-2) / len(rates)
     sd = {name: (value / (len(rates) - 1)).sqrt() for name, value in squares.items()}
-    return _Draws(velocities, mean, sd, z)
+    return Draws(velocities, mean, sd, z)
 
 
 def _take(
@@ -249,7 +275,7 @@ class _Summary:
         self.uncertainty = np.empty(n_cells, np.float32)
         self.z: dict[int, NDArray] = {}
 
-    def add(self, index: NDArray, draws: _Draws) -> None:
+    def add(self, index: NDArray, draws: Draws) -> None:
         """Summarise the draws of the cells at `index`."""
         mean, sd = draws.mean, draws.sd
         low, high = quantiles(draws.velocities, (0.05, 0.95))

@@ -200,3 +200,16 @@ def test_the_layers_are_explained(recovered):
     for fitted, layer in ((keys.FIT_S, "true_s"), (keys.FIT_U, "true_u")):
         assert np.median(metrics.pearson(recovered.layers[fitted], recovered.layers[layer])) > 0.97
     assert_array_equal(recovered.var[keys.VELOCITY_GENES], True)
+
+
+def test_the_velocities_of_all_draws_are_those_that_are_summarised(fit):
+    draws = np.full((20, len(fit.data.cells), fit.data.cells.n_genes), np.nan, np.float32)
+
+    def keep(cells, velocities):
+        draws[:, cells] = velocities
+
+    fit.velocities(keep, draws=20)
+    summary = fit.posterior(draws=20)
+    unit = fit.data.scaling.s_unit
+    np.testing.assert_allclose(draws.mean(0), summary.velocity * unit, rtol=1e-4, atol=1e-5 * unit.max())
+    np.testing.assert_allclose(draws.std(0, ddof=1), summary.velocity_sd * unit, rtol=1e-3, atol=1e-5 * unit.max())
