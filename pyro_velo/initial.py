@@ -110,29 +110,34 @@ def rough_order(u: Tensor, s: Tensor, rates: Rates) -> Tensor:
     return mean.argsort().argsort().to(u.dtype) / max(1, len(mean) - 1)
 
 
-BINS = 100
+BINS = 50
 """How many groups of cells, one after the other in time, are averaged before a curve is laid through them."""
-SWITCHES = tuple(T_MAX * share for share in (0.05, *(i / 20 for i in range(2, 20))))
+ONSETS = tuple(T_MAX * share for share in (0.01, *(i / 10 for i in range(1, 9))))
+SWITCHES = tuple(T_MAX * share for share in (0.05, *(i / 10 for i in range(1, 10))))
 FASTER = (0.5, 1.0, 2.0, 4.0, 8.0)
 STEEPER = (0.5, 1.0, 2.0)
 
 
-def rates_by_order(cells: Cells, start: Rates) -> Rates:
-    """Each gene's best of a grid of curves, if the phase portraits' order of the cells is that of a shared time.
+def rates_by_order(cells: Cells, start: Rates) -> tuple[Rates, Tensor]:
+    """Each gene's best of a grid of curves and onsets, if the phase portraits' order of the cells is a shared time.
 
-    Without it a gene whose switch starts on the wrong side of the true one may stay there. The grid: 19 switches,
-    beta `FASTER` and gamma `STEEPER` than the start; alpha by least squares, both molecules in units of their range.
+    Without it a gene whose switch starts on the wrong side of the true one may stay there. The grid: `ONSETS`,
+    `SWITCHES` after them, beta `FASTER` and gamma `STEEPER` than the start; alpha by least squares, both molecules in
+    units of their range.
     """
     measured_u, s = cells.scaled
     order = rough_order(measured_u * cells.ratio, s, start).argsort()
     u, s = (_in_bins(x[order]) for x in (measured_u, s))
     t = T_MAX * (torch.arange(len(u), device=u.device, dtype=u.dtype)[:, None] + 0.5) / len(u)
     best, least = start, torch.full_like(start.alpha, float("inf"))
-    for switch, faster, steeper in product(SWITCHES, FASTER, STEEPER):
+    best_onset = torch.full_like(start.alpha, ONSETS[0])
+    for onset, switch, faster, steeper in product(ONSETS, SWITCHES, FASTER, STEEPER):
+        if onset + switch > T_MAX:
+            continue
         beta = faster * start.beta
         gamma = steeper * start.gamma * faster
         rates = Rates(torch.ones_like(beta), beta, gamma, torch.full_like(beta, switch))
-        curve_u, curve_s = trajectory(rates, t)
+        curve_u, curve_s = trajectory(rates, (t - onset).clamp_min(0))
         curve_u = curve_u / cells.ratio
         squares = (curve_u**2 + curve_s**2).sum(0)
         # Curves of some height: a gene that is never seen has none to be laid through.
@@ -140,9 +145,10 @@ def rates_by_order(cells: Cells, start: Rates) -> Rates:
         miss = ((alpha * curve_u - u) ** 2 + (alpha * curve_s - s) ** 2).sum(0)
         better = miss < least
         least = torch.where(better, miss, least)
+        best_onset = torch.where(better, onset, best_onset)
         found = Rates(alpha, *rates[1:])
         best = Rates(*(torch.where(better, new, old) for new, old in zip(found, best, strict=True)))
-    return best
+    return best, best_onset
 
 
 def _in_bins(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ prior of that kind), `__call__` maps a mean and those parameters to a distributi
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from pyro_velo.errors import InputError
 from pyro_velo.special import (
+    censored_normal_log_density,
     negative_binomial_log_density,
     normal_log_density,
     poisson_log_density,
@@ -52,15 +54,22 @@ class Likelihood(ABC):
 
 @dataclass(frozen=True)
 class Normal(Likelihood):
-    r"""$x \sim \mathcal{N}(\bar x, (c_k\sigma)^2)$ on smoothed, min-max scaled layers (Gayoso et al. 2023, eq. 13)."""
+    r"""$x \sim \mathcal{N}(\bar x, (c_k\sigma)^2)$ on smoothed, min-max scaled layers (Gayoso et al. 2023, eq. 13).
 
+    `censored`: a zero, the least that a gene has, says that $x \le 0$ (Tobin 1958). Abundances can't be negative, and
+    where a gene is silent half of its noise would be: taken for the very value, those zeros, and what noise is left
+    above them, pull a gene's curve off its asymptote and its rates with it.
+    """
+
+    censored: bool = True
     parameters = ("noise",)
 
     def __call__(
         self, mean: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float = 1.0
     ) -> TorchDistribution:
         """Normal of sd `scale * noise`."""
-        return QuickNormal(mean, parameters["noise"] * scale)
+        made = CensoredNormal if self.censored else QuickNormal
+        return made(mean, parameters["noise"] * scale)
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,51 @@ class QuickNormal(dist.Normal):
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density at `value`."""
         return normal_log_density(value, self.loc, self.scale)
+
+
+class CensoredNormal(TorchDistribution):
+    r"""$\max(0, x)$ of a Normal x, of `loc` and `scale` that broadcast: the tobit model."""
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    support = constraints.nonnegative
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
+        self.loc, self.scale = loc, scale
+        super().__init__(torch.broadcast_shapes(loc.shape, scale.shape), validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        r"""$m\,\Phi(m/\sigma) + \sigma\,\phi(m/\sigma)$."""
+        return self._moments()[0]
+
+    @property
+    def variance(self) -> Tensor:
+        r"""$(m^2 + \sigma^2)\,\Phi(m/\sigma) + m\sigma\,\phi(m/\sigma)$, less the squared mean."""
+        mean, second = self._moments()
+        return second - mean**2
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """E x and E x^2."""
+        d = self.loc / self.scale
+        above, at = torch.special.ndtr(d), torch.exp(-(d**2) / 2) / math.sqrt(2 * math.pi)
+        mean = self.loc * above + self.scale * at
+        return mean, (self.loc**2 + self.scale**2) * above + self.loc * self.scale * at
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> CensoredNormal:
+        """The same, broadcast to `batch_shape`."""
+        return CensoredNormal(self.loc.expand(batch_shape), self.scale, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density at `value`, at 0 the log-probability of it; see `censored_normal_log_density`."""
+        return censored_normal_log_density(value, self.loc, self.scale)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Draws of shape `sample_shape + batch_shape`."""
+        with torch.no_grad():
+            return dist.Normal(self.loc, self.scale, validate_args=False).sample(sample_shape).clamp_min(0)
 
 
 class QuickPoisson(dist.Poisson):

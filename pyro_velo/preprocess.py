@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
@@ -41,6 +44,7 @@ class PrepareSettings:
         max_unspliced_ratio: unspliced over spliced counts above which the layers are taken to be swapped.
         umap: compute `X_umap` unless it is there.
         seed: of PCA, neighbours and UMAP.
+        depth: what a cell's counts are scaled to: the total of the cells around it, or the median one.
     """
 
     min_shared_counts: int = 30
@@ -51,10 +55,13 @@ class PrepareSettings:
     max_unspliced_ratio: float = MAX_UNSPLICED_RATIO
     umap: bool = True
     seed: int = 0
+    depth: Literal["neighbours", "total"] = "neighbours"
 
     def __post_init__(self) -> None:
         """Raises `InputError` for a number that is too low to work with."""
         least = {"min_shared_counts": 0, "n_top_genes": MIN_GENES, "n_pcs": 1, "n_neighbors": 2, "seed": 0}
+        if self.depth not in ("neighbours", "total"):
+            raise InputError(f"depth is {self.depth!r}, expected 'neighbours' or 'total'; choose one of them.")
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InputError(f"{name} is {getattr(self, name)}, expected {low} or more; choose a larger number.")
@@ -74,16 +81,32 @@ class Counts(NamedTuple):
     log: sparse.csr_matrix
 
 
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Give torch back the number of threads that it had: a library below scanpy takes every core for it."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_threads_kept()
 def prepare(adata: AnnData, settings: PrepareSettings | None = None) -> None:
     r"""Filter, normalise and smooth the raw counts of `adata`, in place.
 
-    Genes are kept by shared counts, then by dispersion (scanpy's seurat flavour). Each molecule is scaled to its median
-    total per cell; neighbours are found on the PCA of log1p of the scaled spliced counts. With W the 0/1 graph of
-    neighbours and self, rows summing to one, and n, m the totals per cell of spliced counts S and unspliced counts U,
+    Genes are kept by shared counts, then by dispersion (scanpy's seurat flavour). Neighbours are found on the PCA of
+    log1p of the spliced counts, each cell scaled to the median total. Each molecule is then scaled to what the cells
+    around hold of it: with W the 0/1 graph of neighbours and self, rows summing to one, and n, m the totals per cell of
+    spliced counts S and unspliced counts U,
 
-    $$M_s = W\, \mathrm{diag}(\tilde n / n)\, S, \qquad M_u = W\, \mathrm{diag}(\tilde m / m)\, U.$$
+    $$M_s = W\, \mathrm{diag}(W n / n)\, S, \qquad M_u = W\, \mathrm{diag}(W m / m)\, U.$$
 
-    Written: layers `Ms`, `Mu` (dense float32); obs `size_spliced`, `size_unspliced` (n over its median); var
+    How deeply a cell happened to be sequenced has no part in where it stands, but how much RNA a cell of its kind holds
+    is part of the kinetics: scaled to one total, all other genes fall where some rise, and nothing tells whether cells
+    hold more unspliced RNA than they will. `depth="total"` does it all the same, with the median in the place of W n.
+
+    Written: layers `Ms`, `Mu` (dense float32); obs `size_spliced`, `size_unspliced` (n over W n); var
     `velocity_genes`; `X_pca`, the neighbours, and `X_umap` unless it is
     there; uns `pyro_velo/prepare`. Raw layers keep their values and `X` is left alone; genes that fail leave `adata`.
     Memory besides `adata`: at first copies of both layers, later one of one layer (8 bytes a count) and, to stay,
@@ -102,9 +125,12 @@ def prepare(adata: AnnData, settings: PrepareSettings | None = None) -> None:
     adata._inplace_subset_var(counts.keep)
     n_pcs = _neighbour_graph(adata, settings, counts.log)
     weights = averaging_weights(adata.obsp["connectivities"])
+    factors_of = counts.factors
+    if settings.depth == "neighbours":
+        factors_of = {name: relative_to_neighbours(factors, weights) for name, factors in counts.factors.items()}
     for out, name in ((keys.MS, keys.SPLICED), (keys.MU, keys.UNSPLICED)):
-        adata.layers[out] = moments(adata.layers[name], weights, counts.factors[name])
-    for name, factors in counts.factors.items():
+        adata.layers[out] = moments(adata.layers[name], weights, factors_of[name])
+    for name, factors in factors_of.items():
         adata.obs[keys.size_factor(name)] = sizes(factors)
     adata.var[keys.VELOCITY_GENES] = velocity_genes(adata.layers[keys.MS], adata.layers[keys.MU], settings.min_r2)
     if settings.umap and "X_umap" not in adata.obsm:
@@ -159,6 +185,12 @@ def sizes(factors: NDArray[np.float64]) -> NDArray[np.float64]:
     found = np.divide(1.0, factors, out=np.full_like(factors, np.inf), where=factors > 0)
     smallest = found.min() if np.isfinite(found).any() else 1.0
     return np.where(np.isfinite(found), found, smallest)
+
+
+def relative_to_neighbours(factors: NDArray[np.float64], weights: sparse.csr_matrix) -> NDArray[np.float64]:
+    r"""Size factors $(W n)_i / n_i$ from $\tilde n / n_i$, with the weights W of `averaging_weights`; 0 stays 0."""
+    totals = np.divide(1.0, factors, out=np.zeros_like(factors), where=factors > 0)
+    return np.asarray(weights @ totals) * factors
 
 
 def averaging_weights(graph: sparse.spmatrix | sparse.sparray) -> sparse.csr_matrix:

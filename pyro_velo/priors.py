@@ -57,7 +57,8 @@ class Priors:
     gate: Prior = field(default_factory=lambda: dist.Normal(-3.0, 1.5))
     alpha_1: Prior = field(default_factory=Centered)
     ramp: Prior = field(default_factory=Centered)
-    deviation: Prior = field(default_factory=Centered)
+    onset: Prior = field(default_factory=lambda: dist.Exponential(0.2))
+    deviation: Prior = field(default_factory=lambda: dist.Normal(0.0, 0.3))
     batch_effect: Prior = field(default_factory=lambda: dist.Normal(0.0, 0.5))
     concentration: float = 0.25
     latent: Distribution = field(default_factory=lambda: dist.Normal(0.0, 1.0))

@@ -23,15 +23,15 @@ from pyro_velo.nn import Decoder
 class Timed(NamedTuple):
     """Times since transcription went on (`on`) and since it went off (`off`), (B, G), each in its own state.
 
-    `log_weights`: what the times say of the states, (B, G) for on and for off; None where they say nothing.
-    `shared` (B, 1) is the time of the cell, where there is one, and `deviations` (B, G) how far its genes are from it.
+    `log_weights`: what the times say of the four states, (B, G) each; None where they say nothing.
+    `shared` (B, 1) is the time of the cell, where there is one, and `own` (B, G) or (B, 1) that of its genes.
     """
 
     on: Tensor
     off: Tensor
-    log_weights: tuple[Tensor, Tensor] | None = None
+    log_weights: tuple[Tensor, ...] | None = None
     shared: Tensor | None = None
-    deviations: Tensor | None = None
+    own: Tensor | None = None
 
 
 class TimesProgram(nn.Module, ABC):
@@ -40,9 +40,6 @@ class TimesProgram(nn.Module, ABC):
     @abstractmethod
     def forward(self, z: Tensor, switch: Tensor, values: Mapping[str, Tensor]) -> Timed:
         """Times of the cells with latent vectors `z` (B, d) and covariates; `switch` (G,), `values` the added sites."""
-
-    def regularise(self, timed: Timed, values: Mapping[str, Tensor]) -> None:
-        """Say what is believed of the times themselves, inside the plates of cells and genes."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,12 @@ class Times(ABC):
     """Whether cells have a time that their genes share, so that one order of the cells must do for all."""
 
     def start(self, switch: Tensor) -> dict[str, Tensor]:
-        """Start values (G,) of the added sites."""
+        """Start values (G,) or (G, K) of the added sites."""
         return {}
+
+    def width(self, site: str) -> int:
+        """How many numbers K an added site holds for a gene; 0 for a single one, without an axis of its own."""
+        return 0
 
     @abstractmethod
     def build(self, n_in: int, n_genes: int, hidden: Sequence[int]) -> TimesProgram:
@@ -104,83 +105,98 @@ class PerGeneProgram(TimesProgram):
 
 @dataclass(frozen=True)
 class Shared(Times):
-    """One time per cell for all genes, which switch off at times of their own.
+    r"""One time per cell for all genes, $T_n = 20\,\Phi(z_{n1})$: before any cell is seen, uniform on [0, 20].
 
-    It identifies direction and time where all cells follow one process, and is wrong where lineages branch. `blur`:
-    how many units of time around its switch a gene may be in either state.
+    Genes come on at an `onset` of their own, and go off `switch_time` later. It identifies direction and time where all
+    cells follow one process, and is wrong where lineages do not run in parallel. `blur`: how many units of time around
+    its switch a gene may be in either state. A gene may be empty at any time: it may belong to another lineage.
     """
 
     blur: float = 0.5
+    onset: float = 0.2
+    sites = ("onset",)
     shared = True
 
+    def start(self, switch: Tensor) -> dict[str, Tensor]:
+        """Early for every gene."""
+        return {"onset": torch.full_like(switch, self.onset)}
+
     def build(self, n_in: int, n_genes: int, hidden: Sequence[int]) -> TimesProgram:
-        """A decoder to a single number."""
-        return SharedProgram(n_in, hidden, self.blur)
+        """Nothing to learn but the sites."""
+        return SharedProgram(self.blur)
 
 
 class SharedProgram(TimesProgram):
-    """z to the time of the cell."""
+    """The first latent dimension is the time of the cell."""
 
-    def __init__(self, n_in: int, hidden: Sequence[int], blur: float) -> None:
+    def __init__(self, blur: float) -> None:
         super().__init__()
-        self.decoder, self.blur = Decoder(n_in, 1, hidden), blur
+        self.blur = blur
 
     def forward(self, z: Tensor, switch: Tensor, values: Mapping[str, Tensor]) -> Timed:
         """The same time for every gene."""
-        shared = T_MAX * torch.sigmoid(self.decoder(z)[0])
-        return from_time(shared, switch, self.blur)._replace(shared=shared)
+        shared = cell_time(z)
+        return from_time(shared, values["onset"], switch, self.blur)._replace(shared=shared)
+
+
+def cell_time(z: Tensor) -> Tensor:
+    r"""$20\,\Phi(z_1)$ of latent vectors (B, d), as (B, 1)."""
+    return T_MAX * torch.special.ndtr(z[:, :1])
 
 
 @dataclass(frozen=True)
 class Hierarchical(Times):
     r"""A time per cell, from which each gene deviates as far as the data pay for it.
 
-    $t_{ng} = 20\,\sigma(\mathrm{logit}(T_n/20) + d_{ng})$ with $d_{ng} \sim \mathcal{N}(0, \tau_0^2 + \tau_g^2)$, where
-    T and d are functions of z and $\tau_g$ (site `deviation`) is learned. $\tau_0$ (`least`) keeps the density of
-    functions bounded. Starts as `Shared`: d = 0.
+    $t_{ng} = 20\,\Phi(z_{n1} + \sum_k w_{gk}\,\phi_k(z_n))$ with features $\phi$ of z in [-1, 1] that all genes
+    share, and loadings $w_{gk}$ (site `deviation`) that have a prior around 0: what a gene needs to go its own way is K
+    numbers, which are inferred as its rates are. Starts as `Shared`.
     """
 
     blur: float = 0.5
-    deviation: float = 0.5
-    least: float = 0.1
-    sites = ("deviation",)
+    onset: float = 0.2
+    features: int = 10
+    sites = ("onset", "deviation")
     shared = True
 
     def start(self, switch: Tensor) -> dict[str, Tensor]:
-        """The same for every gene."""
-        return {"deviation": torch.full_like(switch, self.deviation)}
+        """Early, and next to no deviations."""
+        return {
+            "onset": torch.full_like(switch, self.onset),
+            # Not zero, where the features would have no gradient.
+            "deviation": switch.new_full((len(switch), self.features), 0.01),
+        }
+
+    def width(self, site: str) -> int:
+        """A loading for each feature."""
+        return self.features if site == "deviation" else 0
 
     def build(self, n_in: int, n_genes: int, hidden: Sequence[int]) -> TimesProgram:
-        """Two decoders: to a single number, and to one a gene."""
-        return HierarchicalProgram(n_in, n_genes, hidden, self)
+        """A network to the features."""
+        return HierarchicalProgram(n_in, hidden, self)
 
 
 class HierarchicalProgram(TimesProgram):
-    """z to the time of the cell and the deviations of its genes."""
+    """z to the time of the cell and to the features by which its genes deviate from it."""
 
-    def __init__(self, n_in: int, n_genes: int, hidden: Sequence[int], recipe: Hierarchical) -> None:
+    def __init__(self, n_in: int, hidden: Sequence[int], recipe: Hierarchical) -> None:
         super().__init__()
-        self.decoder, self.recipe = Decoder(n_in, 1, hidden), recipe
-        self.deviations = Decoder(n_in, n_genes, hidden)
-        nn.init.zeros_(self.deviations.weight)
-        nn.init.zeros_(self.deviations.bias)
+        self.decoder, self.recipe = Decoder(n_in, recipe.features, hidden), recipe
 
     def forward(self, z: Tensor, switch: Tensor, values: Mapping[str, Tensor]) -> Timed:
         """Every gene's own time."""
-        logit, deviations = self.decoder(z)[0], self.deviations(z)[0]
-        found = from_time(T_MAX * torch.sigmoid(logit + deviations), switch, self.recipe.blur)
-        return found._replace(shared=T_MAX * torch.sigmoid(logit), deviations=deviations)
-
-    def regularise(self, timed: Timed, values: Mapping[str, Tensor]) -> None:
-        """The deviations' density: it decides how far a gene may go."""
-        scale = torch.sqrt(values["deviation"] ** 2 + self.recipe.least**2)
-        pyro.sample("deviations", dist.Normal(0.0, scale), obs=timed.deviations)
+        deviations = torch.tanh(self.decoder(z)[0]) @ values["deviation"].mT
+        own = T_MAX * torch.special.ndtr(z[:, :1] + deviations)
+        return from_time(own, values["onset"], switch, self.recipe.blur)._replace(shared=cell_time(z))
 
 
-def from_time(t: Tensor, switch: Tensor, blur: float) -> Timed:
-    """On before the switch, off after it, and either within `blur` of it: t (B, G) or (B, 1), switch (G,)."""
-    early = (switch - t) / blur
-    return Timed(torch.minimum(t, switch), (t - switch).clamp_min(0), (logsigmoid(early), logsigmoid(-early)))
+def from_time(t: Tensor, onset: Tensor, switch: Tensor, blur: float) -> Timed:
+    """On from `onset` (G,) for a time `switch` (G,), then off, or either near it: t (B, G) or (B, 1)."""
+    since = t - onset
+    early, seen = (switch - since) / blur, logsigmoid(since / blur)
+    on, off = logsigmoid(early), logsigmoid(-early)
+    weights = (on, on + seen, off, torch.zeros_like(on))
+    return Timed(torch.minimum(since.clamp_min(0), switch), (since - switch).clamp_min(0), weights, own=t)
 
 
 TIMES: dict[str, type[Times]] = {"per-gene": PerGene, "shared": Shared, "hierarchical": Hierarchical}

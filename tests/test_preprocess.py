@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import scanpy as sc
+import torch
 from scipy import sparse
 
 from pyro_velo import preprocess
@@ -71,9 +73,10 @@ def test_moments_are_the_mean_over_neighbours_and_self(
     np.testing.assert_array_equal(preprocess.moments(sparse.csr_matrix(x), weights, factors), whole)
 
 
-def test_prepare_is_the_composition_of_its_steps() -> None:
+@pytest.mark.parametrize("depth", ["neighbours", "total"])
+def test_prepare_is_the_composition_of_its_steps(depth: Literal["neighbours", "total"]) -> None:
     adata, raw = counts(), counts()
-    prepare(adata, SMALL)
+    prepare(adata, replace(SMALL, depth=depth))
     s, u = dense(raw, "spliced"), dense(raw, "unspliced")
     keep = preprocess.shared_counts(s, u) >= SMALL.min_shared_counts
     assert list(adata.var_names) == list(raw.var_names[keep]) and 0 < keep.sum() < raw.n_vars
@@ -81,7 +84,9 @@ def test_prepare_is_the_composition_of_its_steps() -> None:
     graph[np.diag_indices(60)] = True
     for out, x in (("Ms", s), ("Mu", u)):
         # Totals over all genes of the file, those that are filtered out as well.
-        scaled = x / x.sum(1, keepdims=True) * np.median(x.sum(1))
+        total = x.sum(1, keepdims=True)
+        around = graph @ total / graph.sum(1)[:, None] if depth == "neighbours" else np.median(total)
+        scaled = x / total * around
         np.testing.assert_allclose(adata.layers[out], graph @ scaled[:, keep] / graph.sum(1)[:, None], rtol=SINGLE)
         assert adata.layers[out].dtype == np.float32
     mask = preprocess.velocity_genes(adata.layers["Ms"], adata.layers["Mu"], SMALL.min_r2)
@@ -122,13 +127,41 @@ def test_moments_do_not_depend_on_depth_per_cell_or_on_the_order_of_genes() -> N
     )
     shuffled = shuffled[:, np.random.default_rng(1).permutation(25)].copy()
     for adata in (plain, deeper, shuffled):
-        prepare(adata, replace(SMALL, min_shared_counts=60))
+        prepare(adata, replace(SMALL, min_shared_counts=60, depth="total"))
     genes = [gene for gene in plain.var_names if gene in set(deeper.var_names)]
     ratio = deeper[:, genes].layers["Mu"] / np.maximum(plain[:, genes].layers["Mu"], 1e-6)
     same = np.abs(ratio / np.median(ratio) - 1) < 1e-3
     assert same[plain[:, genes].layers["Mu"] > 0].all()
     for name in ("Ms", "Mu"):
         np.testing.assert_allclose(shuffled[:, plain.var_names].layers[name], plain.layers[name], rtol=1e-4)
+
+
+def test_what_a_kind_of_cell_holds_stays_and_how_deeply_a_cell_was_sequenced_goes() -> None:
+    from pyro_velo import simulate, to_anndata
+
+    noise = simulate.NegativeBinomial()
+    adata = to_anndata(simulate.simulate(300, 60, settings=simulate.Settings(noise=noise), seed=0))
+    truth = np.asarray(adata.layers["true_s"]).sum(1)
+    library = np.log(adata.obs["true_library"].to_numpy())
+    corrected, sizes = {}, {}
+    for depth in ("neighbours", "total"):
+        each = adata.copy()
+        prepare(each, PrepareSettings(umap=False, depth=depth))
+        corrected[depth] = np.corrcoef(each.layers["Ms"].sum(1), truth)[0, 1]
+        sizes[depth] = np.corrcoef(np.log(each.obs["size_spliced"]), library)[0, 1]
+    # All genes rise and fall together here, so that the total is the signal.
+    assert corrected["neighbours"] > 0.9 and corrected["total"] < 0.5
+    assert sizes["neighbours"] > sizes["total"] + 0.1
+
+
+def test_preparing_leaves_torch_its_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        prepare(counts(), SMALL)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 FORMS: dict[str, Callable[[sparse.csr_matrix], object]] = {
@@ -321,8 +354,8 @@ def test_slopes_of_different_shapes_are_refused() -> None:
 
 def test_pancreas_keeps_the_genes_that_the_field_keeps(pancreas_path: Path) -> None:
     adata = sc.read_h5ad(pancreas_path)
-    prepare(adata, PrepareSettings(umap=False))
+    prepare(adata, PrepareSettings(umap=False, depth="total"))
     assert adata.shape == (3696, 1083)
-    # scVelo and veloVI keep 370 of them; the graph, and so the count, may shift with versions of scanpy.
+    # So scaled, scVelo and veloVI keep 370 of them; the graph, and so the count, may shift with versions of scanpy.
     assert abs(int(adata.var["velocity_genes"].sum()) - 370) <= 8
     assert np.isfinite(adata.layers["Ms"]).all() and np.isfinite(adata.layers["Mu"]).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -16,6 +17,7 @@ from toys import leaf
 
 from pyro_velo.special import (
     LEAST_MEAN,
+    censored_normal_log_density,
     log_gamma_and_digamma,
     negative_binomial_log_density,
     normal_log_density,
@@ -51,6 +53,21 @@ def test_normal_log_density_is_torchs_with_its_gradients_by_every_argument(doubl
     assert torch.autograd.gradcheck(normal_log_density, (x, mean, scale))
     # Broadcast the other way round, too: many values of few means.
     assert torch.autograd.gradcheck(normal_log_density, (leaf(torch.randn(5, 3)), leaf(torch.randn(3)), leaf(scale[0])))
+
+
+@both
+def test_a_zero_of_the_censored_normal_has_all_that_is_below_it(dtype: torch.dtype) -> None:
+    mean = torch.cat((torch.zeros(1), torch.logspace(-6, 2, 200))).to(dtype).requires_grad_()
+    scale = torch.tensor(1.0, dtype=dtype)
+    exact = torch.special.log_ndtr(-mean.detach().double())
+    ours = censored_normal_log_density(torch.zeros((), dtype=dtype), mean, scale)
+    torch.testing.assert_close(ours.detach().double(), exact, rtol=3e-7, atol=3e-7)
+    # The hazard of a Normal: its density over what is below.
+    hazard = torch.exp(-(mean.detach().double() ** 2) / 2 - exact) / math.sqrt(2 * math.pi)
+    (slope,) = torch.autograd.grad(ours.sum(), mean)
+    torch.testing.assert_close(slope.double(), -hazard, rtol=1e-6, atol=1e-7)
+    above = torch.linspace(0.1, 3, 7, dtype=dtype)
+    assert torch.equal(censored_normal_log_density(above, mean[:1], scale), normal_log_density(above, mean[:1], scale))
 
 
 @both
@@ -219,6 +236,7 @@ def counts(*shape: int) -> Tensor:
 Call = Callable[..., Tensor]
 DENSITIES: dict[str, tuple[Call, int]] = {
     "normal": (normal_log_density, 2),
+    "censored normal": (censored_normal_log_density, 2),
     "student t": (lambda x, mean, scale: student_t_log_density(x, 4.0, mean, scale), 2),
     "poisson": (poisson_log_density, 1),
     "negative binomial": (negative_binomial_log_density, 2),

@@ -7,21 +7,27 @@ import torch
 from torch import Tensor
 
 from pyro_velo.kinetics import T_MAX
-from pyro_velo.times import TIMES, Timed, from_time
+from pyro_velo.times import TIMES, Timed, cell_time, from_time
 
 N, G, D = 200, 6, 3
 SWITCH = torch.linspace(1.0, 19.0, G)
 
 
+ONSET = torch.linspace(0.5, 4.0, G)
+
+
 def timed(name: str, seed: int = 0, spread: float = 0.0) -> Timed:
-    """Times of random cells; `spread` moves every parameter away from its start."""
+    """Times of random cells; `spread` moves every parameter and loading away from its start."""
     torch.manual_seed(seed)
     recipe = TIMES[name]()
     network = recipe.build(D, G, (8,))
+    values = {**recipe.start(SWITCH), **({"onset": ONSET} if recipe.shared else {})}
+    if recipe.width("deviation"):
+        values["deviation"] = spread * torch.randn_like(values["deviation"])
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
-        return network(3 * torch.randn(N, D), SWITCH, recipe.start(SWITCH))
+        return network(torch.randn(N, D), SWITCH, values)
 
 
 def full(x: Tensor) -> Tensor:
@@ -39,33 +45,55 @@ def test_times_stay_in_their_state(name: str) -> None:
 @pytest.mark.parametrize("name", ["shared", "hierarchical"])
 def test_a_cell_starts_with_one_time_for_all_its_genes(name: str) -> None:
     found = timed(name)
-    t = full(found.on) + full(found.off)
-    torch.testing.assert_close(t, t[:, :1].expand(N, G), rtol=1e-5, atol=1e-4)
+    assert found.own is not None and found.shared is not None
+    torch.testing.assert_close(full(found.own), full(found.shared))
+    after = (found.own - ONSET).clamp_min(0)
+    torch.testing.assert_close(full(found.on) + full(found.off), full(after))
 
 
-def test_genes_of_the_hierarchy_can_leave_it_and_pay() -> None:
+def test_a_cell_is_at_any_time_before_it_is_seen() -> None:
     torch.manual_seed(0)
+    z = torch.randn(20_000, 1).double()
+    share = cell_time(z) / T_MAX
+    edges = torch.linspace(0.1, 0.9, 9)
+    below = (share <= edges).double().mean(0)
+    assert (below - edges).abs().max() < 0.015
+
+
+def test_genes_of_the_hierarchy_can_leave_the_cells_time() -> None:
     found = timed("hierarchical", spread=2.0)
-    assert found.deviations is not None and found.deviations.std(1).min() > 0.1
-    assert timed("hierarchical").deviations.abs().max() == 0
+    assert found.own is not None and found.shared is not None
+    assert (found.own - found.shared).std(1).min() > 0.1
+    torch.testing.assert_close(full(timed("hierarchical").own), full(timed("hierarchical").shared))
+
+
+def test_a_deviation_is_linear_in_its_loadings_on_the_scale_of_z() -> None:
+    recipe = TIMES["hierarchical"]()
+    network, z = recipe.build(D, G, (8,)), torch.randn(N, D)
+    values = recipe.start(SWITCH)
+    loadings = 0.1 * torch.randn_like(values["deviation"])
+    at = [network(z, SWITCH, {**values, "deviation": x * loadings}).own for x in (0.0, 1.0, 2.0)]
+    one, two, three = (torch.special.ndtri(x.double() / T_MAX) for x in at)
+    torch.testing.assert_close(two - one, three - two, rtol=1e-3, atol=1e-4)
 
 
 def test_time_says_which_state_a_gene_is_in() -> None:
     t = torch.linspace(0, T_MAX, 41)[:, None]
-    found = from_time(t, SWITCH, blur=0.5)
-    on, off = (weight.exp() for weight in found.log_weights)
+    found = from_time(t, ONSET, SWITCH, blur=0.5)
+    assert found.log_weights is not None
+    on, full_on, off, empty = (weight.exp().expand(41, G) for weight in found.log_weights)
     torch.testing.assert_close(on + off, torch.ones(41, G))
-    assert (on[t.expand(41, G) < SWITCH - 3] > 0.99).all() and (off[t.expand(41, G) > SWITCH + 3] > 0.99).all()
-    torch.testing.assert_close(full_time(found), t.expand(41, G))
+    since = t - ONSET
+    assert (on[since < SWITCH - 3] > 0.99).all() and (off[since > SWITCH + 3] > 0.99).all()
+    assert (empty == 1).all() and (full_on <= on).all() and (full_on[since < -3] < 0.01).all()
+    torch.testing.assert_close(found.on + found.off, since.clamp_min(0))
+    assert (found.on[since <= 0] == 0).all() and (found.off[since <= 0] == 0).all()
 
 
-def full_time(found: Timed) -> Tensor:
-    return found.on + found.off
-
-
-def test_the_switch_has_a_gradient_from_either_side() -> None:
-    switch = torch.full((1,), 8.0, requires_grad=True)
-    for t, sign in ((6.0, 1), (10.0, 1)):
-        found = from_time(torch.tensor([[t]]), switch, blur=0.5)
-        (gradient,) = torch.autograd.grad(found.log_weights[0].sum(), switch)
-        assert gradient.sign() == sign
+def test_the_switch_and_the_onset_have_a_gradient_from_either_side() -> None:
+    switch, onset = (torch.full((1,), value, requires_grad=True) for value in (5.0, 3.0))
+    for t in (6.0, 10.0):
+        found = from_time(torch.tensor([[t]]), onset, switch, blur=0.5)
+        assert found.log_weights is not None
+        for gradient in torch.autograd.grad(found.log_weights[0].sum(), (switch, onset)):
+            assert gradient > 0

@@ -127,7 +127,8 @@ class VelocityProgram(nn.Module):
         """Start values of every gene-level site."""
         recipe, start = self.recipe, self.recipe.initial(cells)
         if recipe.times.shared:
-            start = replace(start, rates=rates_by_order(cells, start.rates))
+            rates, onset = rates_by_order(cells, start.rates)
+            start = replace(start, rates=rates)
         likelihood = {
             f"{kind}_{molecule}": torch.full_like(start.rates.alpha, recipe.likelihood.starts[kind])
             for molecule in MOLECULES
@@ -139,6 +140,8 @@ class VelocityProgram(nn.Module):
             if self.n_groups
         }
         others = recipe.transcription.start(start.rates) | recipe.times.start(start.rates.switch_time)
+        if recipe.times.shared:
+            others |= {"onset": onset}
         return replace(start, others=others | likelihood | effects)
 
     def forward(self, batch: Batch) -> None:
@@ -159,7 +162,6 @@ class VelocityProgram(nn.Module):
                 recipe.order(timed.shared, self.rough_order(batch), self.n_genes)
             with genes:
                 log_weights = recipe.states.prior(priors.concentration, batch.u)
-                self.times.regularise(timed, values)
                 means = self.means(rates, values, timed)
                 mixture = self.mixture(self.weighted(log_weights, timed), means, values, batch)
                 pyro.sample("molecules", mixture, obs=batch.molecules.movedim(0, -1))
@@ -175,7 +177,8 @@ class VelocityProgram(nn.Module):
         """Every gene-level site, inside the genes' plate."""
         recipe, start, values = self.recipe, self.start.sites(), {}
         for name in (*RATES, *recipe.transcription.sites, *recipe.times.sites):
-            values[name] = pyro.sample(name, recipe.priors.of(name, start))
+            prior, width = recipe.priors.of(name, start), recipe.times.width(name)
+            values[name] = pyro.sample(name, prior.expand([self.n_genes, width]).to_event(1) if width else prior)
         for molecule in MOLECULES:
             for kind in recipe.likelihood.parameters:
                 name = f"{kind}_{molecule}"
@@ -199,8 +202,7 @@ class VelocityProgram(nn.Module):
         """The states' log-weights (4, B, G), with what the times say of them."""
         if timed.log_weights is None:
             return log_weights
-        on, off = timed.log_weights
-        return log_weights + torch.stack((on, on, off, off))
+        return log_weights + torch.stack(timed.log_weights)
 
     def mixture(self, log_weights: Tensor, means: Means, values: Mapping[str, Tensor], batch: Batch) -> JointMixture:
         """The joint mixture over the states for both molecules."""
@@ -241,9 +243,9 @@ class VelocityProgram(nn.Module):
             # In both steady states beta u = gamma s.
             velocity=(velocity(rates, u_on, s_on), 0.0, velocity(rates, u_off, s_off), 0.0),
             t=(timed.on, rates.switch_time, rates.switch_time + timed.off, T_MAX)
-            if timed.shared is None
+            if timed.own is None
             # A cell has its time whatever state a gene is in.
-            else (timed.on + timed.off,) * len(C_K),
+            else (timed.own.expand_as(u_on),) * len(C_K),
         )
 
 
