@@ -109,7 +109,8 @@ class Fit:
         check_output_keys(adata, overwrite=overwrite)
         posterior = self.posterior(draws=draws, over_states=over_states)
         write_posterior(adata, self.data, posterior, about=self.about(draws, over_states))
-        summarise_cells(adata)
+        recipe = getattr(self.fitted.program, "recipe", None)
+        summarise_cells(adata, shared_clock=isinstance(recipe, VelocityModel) and recipe.times.shared)
 
     def about(self, draws: int, over_states: str) -> dict[str, Any]:
         """Everything needed to say how the numbers were made."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pyro_velo import embedding
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.checks import check_key, checked_basis
 from pyro_velo.errors import InputError
+from pyro_velo.kinetics import T_MAX
 from pyro_velo.options import BASIS
 
 if TYPE_CHECKING:
@@ -24,13 +27,19 @@ def project(adata: AnnData, basis: str = BASIS) -> None:
     adata.obsm[keys.velocity_embedding(basis)] = embedding.project(transitions, checked_basis(adata, basis))
 
 
-def summarise_cells(adata: AnnData) -> None:
-    """The latent time of each cell from its neighbours, and the velocity on every embedding, where there is a graph."""
+def summarise_cells(adata: AnnData, *, shared_clock: bool = False) -> None:
+    """The latent time of each cell, and the velocity on every embedding, where there is a neighbour graph.
+
+    Where genes share a clock (`shared_clock`), it is the median of their times; else it comes from the neighbours.
+    """
+    if shared_clock:
+        adata.obs[keys.LATENT_TIME] = np.nanmedian(adata.layers[keys.FIT_T], axis=1) / T_MAX
     if "distances" not in adata.obsp:
         return
     graph, velocity, expression = units_of_range(adata)
-    cosines = embedding.cosine_correlations(velocity, expression, graph)
-    adata.obs[keys.LATENT_TIME] = embedding.potential(cosines)
+    if not shared_clock:
+        cosines = embedding.cosine_correlations(velocity, expression, graph)
+        adata.obs[keys.LATENT_TIME] = embedding.potential(cosines)
     for basis in _bases(adata):
         project(adata, basis)
 

@@ -213,3 +213,12 @@ def test_the_velocities_of_all_draws_are_those_that_are_summarised(fit):
     unit = fit.data.scaling.s_unit
     np.testing.assert_allclose(draws.mean(0), summary.velocity * unit, rtol=1e-4, atol=1e-5 * unit.max())
     np.testing.assert_allclose(draws.std(0, ddof=1), summary.velocity_sd * unit, rtol=1e-3, atol=1e-5 * unit.max())
+
+
+def test_a_clock_that_genes_share_is_the_cells_latent_time():
+    adata = small_adata()
+    model = replace(MODEL, times=pv.times.Shared())
+    pv.fit(model, GUIDE, adata, settings=settings(), data=data(adata), progress=False).write(adata, draws=5)
+    t = adata.layers[keys.FIT_T][:, adata.var[keys.VELOCITY_GENES].to_numpy()]
+    np.testing.assert_allclose(adata.obs[keys.LATENT_TIME], t[:, 0] / 20, rtol=1e-5)
+    assert {"fit_onset", "fit_t_"} <= set(adata.var) and (adata.var["fit_onset"].dropna() > 0).all()
