@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING
 from pyro_velo.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from pyro_velo import criticism as criticism
     from pyro_velo import embedding as embedding
+    from pyro_velo import fates as fates
+    from pyro_velo import futures as futures
     from pyro_velo import guides as guides
     from pyro_velo import initial as initial
     from pyro_velo import kinetics as kinetics
     from pyro_velo import likelihoods as likelihoods
+    from pyro_velo import macrostates as macrostates
     from pyro_velo import metrics as metrics
     from pyro_velo import plots as pl  # noqa: F401 (ruff knows only `x as x` as an export)
     from pyro_velo import preprocess as pp  # noqa: F401
@@ -27,6 +31,13 @@ if TYPE_CHECKING:
     from pyro_velo import simulate as simulate
     from pyro_velo import states as states
     from pyro_velo.api import score as score
+    from pyro_velo.auditing import audit as audit
+    from pyro_velo.audits import Audit as Audit
+    from pyro_velo.calibrating import CalibrationSettings as CalibrationSettings
+    from pyro_velo.calibrating import calibrate as calibrate
+    from pyro_velo.calibrating import coverage_of as coverage_of
+    from pyro_velo.calibration import Calibration as Calibration
+    from pyro_velo.checking import unexplained_genes as unexplained_genes
     from pyro_velo.comparing import compare as compare
     from pyro_velo.comparison import Comparison as Comparison
     from pyro_velo.data import read as read
@@ -39,6 +50,7 @@ if TYPE_CHECKING:
     from pyro_velo.flow import project as project
     from pyro_velo.models.velocity import SwitchPenalty as SwitchPenalty
     from pyro_velo.models.velocity import VelocityModel as VelocityModel
+    from pyro_velo.prior_draws import draw_from_prior as draw_from_prior
     from pyro_velo.priors import Centered as Centered
     from pyro_velo.priors import Priors as Priors
     from pyro_velo.reporting import report as report
@@ -47,11 +59,15 @@ if TYPE_CHECKING:
 _MODULES = {"pl": "plots", "pp": "preprocess"} | {
     name: name
     for name in (
+        "criticism",
         "embedding",
+        "fates",
+        "futures",
         "guides",
         "initial",
         "kinetics",
         "likelihoods",
+        "macrostates",
         "metrics",
         "rates",
         "simulate",
@@ -63,6 +79,13 @@ _MODULES = {"pl": "plots", "pp": "preprocess"} | {
 _NAMES = {
     "project": "flow",
     "score": "api",
+    "audit": "auditing",
+    "Audit": "audits",
+    "CalibrationSettings": "calibrating",
+    "calibrate": "calibrating",
+    "coverage_of": "calibrating",
+    "Calibration": "calibration",
+    "unexplained_genes": "checking",
     "compare": "comparing",
     "Comparison": "comparison",
     "read": "data",
@@ -76,6 +99,7 @@ _NAMES = {
     "VelocityModel": "models.velocity",
     "Centered": "priors",
     "Priors": "priors",
+    "draw_from_prior": "prior_draws",
     "report": "reporting",
     "TrainSettings": "train",
 }

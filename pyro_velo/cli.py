@@ -16,6 +16,8 @@ import typer
 from pyro_velo.errors import FitError, InputError
 from pyro_velo.options import (
     BASIS,
+    CALIBRATION_DRAWS,
+    CALIBRATION_FITS,
     COLOR,
     DEMO_FOLDER,
     GRID,
@@ -29,6 +31,7 @@ from pyro_velo.options import (
     TimesName,
     TranscriptionName,
 )
+from pyro_velo.parsing import parse_edges, parse_grid
 from pyro_velo.version import __version__
 
 if TYPE_CHECKING:
@@ -44,6 +47,22 @@ Data = Annotated[
 Result = Annotated[Path, typer.Argument(metavar="OUT.h5ad", exists=True, help="What `pyro-velo fit` wrote.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random number.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the way.")]
+Draws = Annotated[int, typer.Option(min=2, help="Posterior draws.")]
+MaxEpochs = Annotated[int | None, typer.Option(min=1, help="Default: that of TrainSettings.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells a step. Default: that of TrainSettings.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Default: one a core.")]
+Likelihood = Annotated[LikelihoodName, typer.Option(help="Of scaled layers, or of raw counts.")]
+States = Annotated[StatesName, typer.Option(help="The posterior of the four states.")]
+Rates = Annotated[RatesName, typer.Option(help="The posterior of a gene's rates.")]
+Times = Annotated[TimesName, typer.Option(help="A time per gene, per cell, or between.")]
+Transcription = Annotated[TranscriptionName, typer.Option(help="While a gene is on.")]
+BatchKey = Annotated[str | None, typer.Option(metavar="KEY", help="obs: experimental batches.")]
+Covariates = Annotated[list[str] | None, typer.Option("--covariate", metavar="KEY", help="obs: category or number.")]
+PriorTexts = Annotated[
+    list[str] | None, typer.Option("--prior", metavar="'alpha=LogNormal(0, 1)'", help="Swap a prior.")
+]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here too.")]
+Clusters = Annotated[str, typer.Option(metavar="KEY", help="The obs column with the clusters.")]
 Basis = Annotated[str, typer.Option(help="The embedding, as in obsm['X_umap'].")]
 
 
@@ -103,11 +122,11 @@ def fit(
     as_is: Annotated[bool, typer.Option("--as-is", help="Fit the two layers as they stand: no preprocessing.")] = False,
     spliced_layer: Annotated[str | None, typer.Option(metavar="L", help="Default: spliced, or mature.")] = None,
     unspliced_layer: Annotated[str | None, typer.Option(metavar="L", help="Default: unspliced, or nascent.")] = None,
-    draws: Annotated[int, typer.Option(min=2, help="Posterior draws.")] = FitOptions.draws,
-    max_epochs: Annotated[int | None, typer.Option(min=1, help="Default: that of TrainSettings.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Cells a step. Default: that of TrainSettings.")] = None,
+    draws: Draws = FitOptions.draws,
+    max_epochs: MaxEpochs = None,
+    batch_size: BatchSize = None,
     seed: Seed = FitOptions.seed,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
+    threads: Threads = None,
     device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = FitOptions.device,
     save: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep checkpoints and the fit here.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", exists=True, help="Go on from a checkpoint.")] = None,
@@ -115,14 +134,14 @@ def fit(
     nuclei: Annotated[
         bool, typer.Option("--nuclei", help="Single nuclei: more unspliced than spliced is fine.")
     ] = False,
-    likelihood: Annotated[LikelihoodName, typer.Option(help="Of scaled layers, or of raw counts.")] = "normal",
-    states: Annotated[StatesName, typer.Option(help="The posterior of the four states.")] = FitOptions.states,
-    rates: Annotated[RatesName, typer.Option(help="The posterior of a gene's rates.")] = FitOptions.rates,
-    times: Annotated[TimesName, typer.Option(help="A time per gene, per cell, or between.")] = FitOptions.times,
-    transcription: Annotated[TranscriptionName, typer.Option(help="While a gene is on.")] = FitOptions.transcription,
-    batch_key: Annotated[str | None, typer.Option(metavar="KEY", help="obs: experimental batches.")] = None,
-    covariate: Annotated[list[str] | None, typer.Option(metavar="KEY", help="obs: category or number.")] = None,
-    prior: Annotated[list[str] | None, typer.Option(metavar="'alpha=LogNormal(0, 1)'", help="Swap a prior.")] = None,
+    likelihood: Likelihood = FitOptions.likelihood,
+    states: States = FitOptions.states,
+    rates: Rates = FitOptions.rates,
+    times: Times = FitOptions.times,
+    transcription: Transcription = FitOptions.transcription,
+    batch_key: BatchKey = None,
+    covariate: Covariates = None,
+    prior: PriorTexts = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit velocities, times and rates with their uncertainty."""
@@ -174,9 +193,9 @@ def report(
 @app.command()
 def score(
     result: Result,
-    clusters: Annotated[str, typer.Option(metavar="KEY", help="The obs column with the clusters.")],
+    clusters: Clusters,
     edges: Annotated[str, typer.Option(metavar='"A>B,C>D"', help="What becomes what; A>B,>C is A>B,A>C.")],
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores here too.")] = None,
+    json_file: Json = None,
     basis: Basis = BASIS,
 ) -> None:
     """Score a fit against known transitions.
@@ -196,14 +215,14 @@ def compare(
     grid: Annotated[
         list[str], typer.Option(metavar="NAME=A,B", help=f"What to vary: {', '.join(GRID)}. Repeat it for all pairs.")
     ],
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the scores here too.")] = None,
+    json_file: Json = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures as well.")] = None,
     as_is: Annotated[bool, typer.Option("--as-is", help="Fit the two layers as they stand: no preprocessing.")] = False,
-    max_epochs: Annotated[int | None, typer.Option(min=1, help="Default: that of TrainSettings.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Cells a step. Default: that of TrainSettings.")] = None,
+    max_epochs: MaxEpochs = None,
+    batch_size: BatchSize = None,
     seed: Seed = CompareOptions.seed,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
-    batch_key: Annotated[str | None, typer.Option(metavar="KEY", help="obs: experimental batches.")] = None,
+    threads: Threads = None,
+    batch_key: BatchKey = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Say which model explains held-out cells best.
@@ -231,49 +250,83 @@ def compare(
         raise FitError("Expected one fit or more that succeeds; every one failed, see the table.")
 
 
-def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The values to try for each name, from texts such as "likelihood=nb,zinb".
+@app.command()
+def calibrate(
+    cells: Annotated[int, typer.Option(min=4, help="Cells of each simulation.")],
+    genes: Annotated[int, typer.Option(min=1, help="Genes of each simulation.")],
+    fits: Annotated[int, typer.Option(min=1, help="Simulations, each with its fit.")] = CALIBRATION_FITS,
+    seed: Seed = FitOptions.seed,
+    likelihood: Likelihood = FitOptions.likelihood,
+    states: States = FitOptions.states,
+    rates: Rates = FitOptions.rates,
+    times: Times = FitOptions.times,
+    draws: Draws = CALIBRATION_DRAWS,
+    max_epochs: MaxEpochs = None,
+    threads: Threads = None,
+    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep each fit's counts here.")] = None,
+    json_file: Json = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it as well.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Say how often the model's intervals cover the truth.
 
-    Raises `InputError` for an unknown name or value, listing the known ones, and for one given twice.
-
-    >>> parse_grid(["likelihood=nb, zinb", "states=collapsed"])
-    {'likelihood': ('nb', 'zinb'), 'states': ('collapsed',)}
+    Cells are drawn from the model's own prior and fitted, many times.
     """
-    grid: dict[str, tuple[str, ...]] = {}
-    for text in texts:
-        name, _, rest = (part.strip() for part in text.partition("="))
-        if name not in GRID:
-            raise InputError(f"Expected a grid of {', '.join(GRID)}; got {text!r}. Write it as likelihood=nb,zinb.")
-        values = tuple(value.strip() for value in rest.split(","))
-        for value in values:
-            if value not in GRID[name]:
-                raise InputError(f"Expected {name} of {', '.join(GRID[name])}; got {value!r} in {text!r}. Name these.")
-        if name in grid or len(set(values)) < len(values):
-            raise InputError(f"Expected {name} once, with each value once; got {text!r}. Write it as {name}=a,b.")
-        grid[name] = values
-    return grid
+    options = FitOptions(
+        seed=seed,
+        likelihood=likelihood,
+        states=states,
+        rates=rates,
+        times=times,
+        draws=draws,
+        max_epochs=max_epochs,
+        threads=threads,
+        save=save,
+        overwrite=overwrite,
+    )
+    from pyro_velo import calibrating
+
+    found = calibrating.calibrate_file(options, cells=cells, genes=genes, fits=fits, json=json_file, picture=picture)
+    typer.echo(found.table())
 
 
-def parse_edges(text: str) -> list[tuple[str, str]]:
-    """The (source, target) pairs in "A>B,C>D"; a target alone goes on from the source before it.
+@app.command()
+def audit(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, help="What `fit --save` kept.")],
+    data: Annotated[Path, typer.Argument(metavar="IN", exists=True, help="The AnnData that this fit wrote.")],
+    clusters: Clusters,
+    edges: Annotated[
+        str | None, typer.Option(metavar='"A>B,C>D"', help="Default: clusters that border on each other.")
+    ] = None,
+    draws: Draws = FitOptions.draws,
+    likelihood: Likelihood = FitOptions.likelihood,
+    states: States = FitOptions.states,
+    rates: Rates = FitOptions.rates,
+    times: Times = FitOptions.times,
+    transcription: Transcription = FitOptions.transcription,
+    batch_key: BatchKey = None,
+    covariate: Covariates = None,
+    prior: PriorTexts = None,
+) -> None:
+    """Say which edges between clusters a fit runs backwards, and which genes make them.
 
-    Names may hold spaces, but neither `>` nor `,`. Raises `InputError` where an edge can't be read.
-
-    >>> parse_edges("Pre-endocrine>Alpha, >Beta, Ngn3 high EP>Pre-endocrine")
-    [('Pre-endocrine', 'Alpha'), ('Pre-endocrine', 'Beta'), ('Ngn3 high EP', 'Pre-endocrine')]
+    The parts are to be named as they were to fit.
     """
-    pairs: list[tuple[str, str]] = []
-    for edge in text.split(","):
-        names = [name.strip() for name in edge.split(">")]
-        if len(names) != 2 or not names[1]:
-            raise InputError(f'Expected edges like "A>B,C>D"; got {edge.strip()!r} in {text!r}. Write one > an edge.')
-        source, target = names[0] or (pairs[-1][0] if pairs else ""), names[1]
-        if not source:
-            raise InputError(f'Expected a source before the first > in {text!r}. Write it out, as in "A>B,>C".')
-        if source == target or (source, target) in pairs:
-            raise InputError(f"Expected each edge once, between two clusters; got {source}>{target}. Leave it out.")
-        pairs.append((source, target))
-    return pairs
+    pairs = None if edges is None else parse_edges(edges)
+    options = FitOptions(
+        draws=draws,
+        likelihood=likelihood,
+        states=states,
+        rates=rates,
+        times=times,
+        transcription=transcription,
+        batch_key=batch_key,
+        covariates=tuple(covariate or ()),
+        priors=tuple(prior or ()),
+    )
+    from pyro_velo import auditing
+
+    typer.echo(auditing.audit_file(folder, data, clusters, pairs, options).table())
 
 
 def say_if_interrupted(fitted: Fit) -> None:

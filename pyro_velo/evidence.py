@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,23 +82,29 @@ def evidence(
     """
     train_index, index = held_out(fitted, len(cells))
     device, n_train = cells.molecules.device, len(train_index)
-    with (
-        fitted.parameters(),
-        WithoutPenalties(),
-        pyro.validation_enabled(False),
-        torch.random.fork_rng([device] if cells.molecules.is_cuda else []),
-    ):
-        torch.manual_seed(seed)
+    with conditions(fitted, cells, seed):
         genes = _look_at_genes(fitted, cells.batch(index[:1].to(device), n_train))
         size = max(1, CELLS_GENES_AT_ONCE // (particles * cells.n_genes))
         # The same cell K times in one batch: K draws of its own sites, for one draw of those that cells share.
         rows = (part.repeat_interleave(particles) for part in index.to(device).split(size))
         batches = (cells.batch(each, n_train) for each in rows)
-        weights = (_weights(fitted, batch, draws, genes.left_out, steps_of(fitted, len(cells))) for batch in batches)
+        weights = (log_weights(fitted, batch, draws, genes.left_out, steps_of(fitted, len(cells))) for batch in batches)
         parts = [_estimates(each.unflatten(1, (-1, particles))) for each in weights]
     elbo, iw_bound, density = torch.cat(parts, 1).cpu().numpy()
     share = genes.kl / n_train
     return Evidence(elbo - share, iw_bound - share, density, particles, genes.sites, genes.no_kl, genes.left_out)
+
+
+@contextmanager
+def conditions(fitted: Fitted, cells: Cells, seed: int) -> Iterator[None]:
+    """Under which a fit is judged: its parameters, no penalties, no validation; random numbers from `seed`.
+
+    Afterwards the generators go on as if nothing had been drawn.
+    """
+    noise = torch.random.fork_rng([cells.molecules.device] if cells.molecules.is_cuda else [])
+    with fitted.parameters(), WithoutPenalties(), pyro.validation_enabled(False), noise:
+        torch.manual_seed(seed)
+        yield
 
 
 def held_out(fitted: Fitted, n_cells: int) -> tuple[Tensor, Tensor]:
@@ -144,19 +151,23 @@ def _look_at_genes(fitted: Fitted, batch: Batch) -> _Genes:
         points -= {name for name in points if not torch.equal(program.nodes[name]["value"], shared[name]["value"])}
     improper = {name for name, site in shared.items() if _is_improper(site["fn"])}
     no_kl = tuple(name for name in shared if name in points | improper)
-    return _Genes(total / DRAWS_OF_GENES, tuple(shared), no_kl, _computed(fitted, batch))
+    return _Genes(total / DRAWS_OF_GENES, tuple(shared), no_kl, computed_sites(fitted, batch))
 
 
-def _computed(fitted: Fitted, batch: Batch) -> tuple[str, ...]:
-    """The observed sites of cells whose value hangs on a parameter."""
+def computed_sites(fitted: Fitted, batch: Batch) -> tuple[str, ...]:
+    """The observed sites of cells whose value hangs on a parameter: what the model says of itself, which is no data."""
     with torch.enable_grad():
         _, program = _traces(fitted, batch)
     observed = ((name, site) for name, site in _sites(program) if site["is_observed"] and _cells_dim(site))
     return tuple(name for name, site in observed if site["value"].requires_grad)
 
 
-def _weights(fitted: Fitted, batch: Batch, draws: int, left_out: tuple[str, ...], step: int) -> Tensor:
-    """The log-weights of each row of a batch, (draws, rows); `step` is for the error that a NaN raises."""
+def log_weights(fitted: Fitted, batch: Batch, draws: int, left_out: tuple[str, ...], step: int) -> Tensor:
+    r"""$\log w$ of each row of a batch under each of `draws` draws of the gene-level sites, (draws, rows) float64.
+
+    A row is a cell with latent vectors of its own; `left_out` are sites that do not count (`computed_sites`). Call it
+    under `conditions`. Raises `NonFiniteError`, naming site and gene, for NaN; `step` is for its message.
+    """
     found = []
     for _ in range(draws):
         before = torch.get_rng_state()

@@ -230,11 +230,19 @@ def _resumed(folder: str | Path, data: VelocityData, recipe: str) -> Training:
     training, about = checkpoint.load(folder)
     for name, value in describe(recipe, data).items():
         if name != "version" and about.get(name) != value:
-            was, now = str(about.get(name))[:200], str(value)[:200]
+            was, now = _where_they_differ(str(about.get(name)), str(value))
             raise InputError(
                 f"Expected the {name} of the checkpoint in {folder}, {was}; got {now}. Start without the checkpoint."
             )
     return training
+
+
+def _where_they_differ(one: str, other: str, length: int = 200) -> tuple[str, str]:
+    """Both texts, of long ones the part that shows what is different."""
+    first = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
+    start = 0 if first < length // 2 else first - length // 4
+    part, dots = slice(start, start + length), "..." if start else ""
+    return dots + one[part], dots + other[part]
 
 
 def _same_settings(training: Training, wanted: TrainSettings) -> TrainSettings:

@@ -13,6 +13,8 @@ Counts = Literal["normal", "poisson", "nb", "zinb"]
 """What the simulator can draw: Normal noise, or counts."""
 
 DEMO_FOLDER = Path("pyro-velo-demo")
+CALIBRATION_FITS, CALIBRATION_DRAWS = 20, 99
+"""Fits of a calibration, and draws of each: 100 ranks."""
 BASIS = "umap"
 COLOR = "clusters"
 

@@ -138,12 +138,12 @@ def stream(
         torch.random.fork_rng([device] if cells.molecules.is_cuda else []),
     ):
         torch.manual_seed(seed)
-        rates = _draw_rates(fitted, cells, draws)
+        rates = draw_rates(fitted, cells, draws)
         work = draws * len(cells) * cells.n_genes
         take = compiled(partial(_take, fitted.program, over_states), work, device)
         bar = tqdm(total=len(cells), desc="posterior", unit="cell", disable=None if progress is None else not progress)
         with bar:
-            for index, new in _equal_parts(len(cells), max(1, CELLS_GENES_AT_ONCE // cells.n_genes)):
+            for index, new in equal_parts(len(cells), max(1, CELLS_GENES_AT_ONCE // cells.n_genes)):
                 batch = cells.batch(index.to(device))
                 told = batch if as_if is None else as_if.batch(index.to(device))
                 receive(index[:new].numpy(), _draw_batch(fitted, batch, told, rates, take).first(new))
@@ -157,8 +157,11 @@ def check_draws(draws: int) -> None:
         raise InputError(f"Expected 2 draws or more, because one has no spread; got {draws}. The default is 100.")
 
 
-def _draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tensor]]:
-    """Every draw's gene-level values, which all cells share."""
+def draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tensor]]:
+    """Every draw's gene-level values, by site, which all cells share.
+
+    Call it under the fit's parameters, as `stream` does.
+    """
     batch = cells.batch(torch.arange(1, device=cells.molecules.device))
     taken = []
     for _ in range(draws):
@@ -172,7 +175,7 @@ def _draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tens
     return taken
 
 
-def _equal_parts(n_cells: int, size: int) -> Iterator[tuple[Tensor, int]]:
+def equal_parts(n_cells: int, size: int) -> Iterator[tuple[Tensor, int]]:
     """Indices of about `size` cells, and how many of them are new: the last part is filled up with the last cell.
 
     All parts have one size, for which functions are compiled once.
@@ -189,7 +192,7 @@ def _draw_batch(
     velocities = batch.u.new_empty(len(rates), *batch.u.shape)
     mean = {name: torch.zeros_like(batch.u) for name in AVERAGED}
     squares = {name: torch.zeros_like(batch.u) for name in SPREAD}
-    draw_cells, z = _cells_of(fitted.guide, seen, batch), torch.zeros(())
+    draw_cells, z = cells_of(fitted.guide, seen, batch), torch.zeros(())
     for i, shared in enumerate(rates):
         values = draw_cells(shared)
         # A tensor: a number would be compiled in, and everything compiled again for the next.
@@ -232,14 +235,23 @@ def posterior_of_states(log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...]
     return tuple(each / total for each in weights), total.log() + peak
 
 
+def state_weights(program: VelocityProgram, log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """p(k | u, s) by the states' own family, which may take the most likely one for certain, and log p(u, s)."""
+    probability, log_likelihood = posterior_of_states(log_joint)
+    return most_likely(probability) if program.recipe.states.hard else probability, log_likelihood
+
+
 def most_likely(probability: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """One for the most likely state, the first of several, and zero for the others."""
     best = torch.stack(tuple(probability)).argmax(0)
     return tuple((best == k).to(probability[0].dtype) for k in range(len(probability)))
 
 
-def _cells_of(guide: Any, seen: Batch, batch: Batch) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """What draws the sites of a batch's cells, the gene-level ones given, which are among what it returns."""
+def cells_of(guide: Any, seen: Batch, batch: Batch) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """What draws the sites of a batch's cells, the gene-level ones given, which are among what it returns.
+
+    The encoder knows the cells as `seen`; `batch` is what the model then explains (see `as_if` of `stream`).
+    """
     if isinstance(guide, AmortizedProgram):
         # Its cells know of the rates only through the model, and its encoder looks at a batch once for all draws.
         program, latent = guide.cells, guide.encode(seen)

@@ -23,10 +23,12 @@ import pytest
 from sklearn.neighbors import kneighbors_graph
 
 import pyro_velo
-from pyro_velo.cli import main, parse_edges
+from pyro_velo import auditing, calibrating
+from pyro_velo.cli import main
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.errors import FitError, InputError
-from pyro_velo.options import BASIS, COLOR, DEMO_FOLDER, FitOptions
+from pyro_velo.options import BASIS, CALIBRATION_DRAWS, COLOR, DEMO_FOLDER, FitOptions
+from pyro_velo.parsing import parse_edges
 from pyro_velo.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +199,52 @@ def test_score_is_passed_on_and_printed(api: SimpleNamespace, file: Path, capsys
     assert json.loads(capsys.readouterr().out) == {"CBDir": 0.5}
 
 
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Notes how calibrations and audits are called, which return a table."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        calls.append((arguments, options))
+        return SimpleNamespace(table=lambda: "a table")
+
+    monkeypatch.setattr(calibrating, "calibrate_file", noting)
+    monkeypatch.setattr(auditing, "audit_file", noting)
+    return calls
+
+
+def test_calibrate_is_passed_on_and_printed(tables: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("calibrate --cells 30 --genes 4".split()) == 0
+    options = (
+        "--fits 2 --seed 3 --likelihood nb --states hard --rates per-gene --times shared --draws 9 --max-epochs 5 "
+        "--threads 1 --save kept --json told.json --picture told.png --overwrite"
+    )
+    assert main(f"calibrate --cells 30 --genes 4 {options}".split()) == 0
+    size = {"cells": 30, "genes": 4}
+    expected = FitOptions(
+        draws=9, max_epochs=5, seed=3, threads=1, save=Path("kept"), overwrite=True,
+        likelihood="nb", states="hard", rates="per-gene", times="shared",
+    )  # fmt: skip
+    assert tables == [
+        ((FitOptions(draws=CALIBRATION_DRAWS),), size | {"fits": 20, "json": None, "picture": None}),
+        ((expected,), size | {"fits": 2, "json": Path("told.json"), "picture": Path("told.png")}),
+    ]
+    assert capsys.readouterr().out == "a table\na table\n"
+
+
+def test_audit_is_passed_on_and_printed(tables: list[Any], file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = file.parent
+    assert main(["audit", str(folder), str(file), "--clusters", "kind"]) == 0
+    parts = "--draws 7 --likelihood nb --batch-key lab --covariate age --prior alpha=LogNormal(0,1)".split()
+    assert main(["audit", str(folder), str(file), "--clusters", "kind", "--edges", "A>B,>C", *parts]) == 0
+    given = FitOptions(draws=7, likelihood="nb", batch_key="lab", covariates=("age",), priors=("alpha=LogNormal(0,1)",))
+    assert tables == [
+        ((folder, file, "kind", None, FitOptions()), {}),
+        ((folder, file, "kind", [("A", "B"), ("A", "C")], given), {}),
+    ]
+    assert capsys.readouterr().out == "a table\na table\n"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -256,6 +304,13 @@ def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         ("report missing.h5ad -o r.html", "'missing.h5ad' does not exist"),
         ("score missing.h5ad --clusters c --edges A>B", "'missing.h5ad' does not exist"),
         ("score in.h5ad --clusters c --edges A", "got 'A'"),
+        ("calibrate --genes 5", "'--cells'"),
+        ("calibrate --cells 3 --genes 5", "--cells"),
+        ("calibrate --cells 30 --genes 5 --draws 1", "--draws"),
+        ("calibrate --cells 30 --genes 5 --picture told.txt", ".txt"),
+        ("audit nowhere in.h5ad --clusters c", "'nowhere' does not exist"),
+        ("audit . missing.h5ad --clusters c", "'missing.h5ad' does not exist"),
+        ("audit . in.h5ad --clusters c --edges A", "got 'A'"),
     ],
 )
 def test_bad_usage_is_refused(
@@ -400,6 +455,34 @@ def test_score_refuses_a_cluster_that_is_not_there(labelled: Path) -> None:
     arguments = ["--clusters", "clusters", "--edges", "early cells>latecells"]
     assert_refused(here("score", labelled.name, *arguments, cwd=labelled.parent), "latecells", "late cells")
     assert contents(labelled.parent) == before
+
+
+def test_audit_prints_the_edges_of_a_fit_that_was_kept(labelled: Path) -> None:
+    before = contents(labelled.parent)
+    arguments = ["checkpoint", labelled.name, "--clusters", "clusters"]
+    done = here("audit", *arguments, "--edges", "early cells>late cells", "--draws", "5", cwd=labelled.parent)
+    assert done.returncode == 0, done.stderr
+    assert "| early cells>late cells |" in done.stdout
+    assert_refused(here("audit", *arguments, "--edges", "early cells>latecells", cwd=labelled.parent), "latecells")
+    assert_refused(here("audit", *arguments, "--times", "shared", cwd=labelled.parent), "PerGene", "Shared")
+    assert contents(labelled.parent) == before
+
+
+def test_audit_refuses_a_folder_without_a_fit(labelled: Path, tmp_path: Path) -> None:
+    assert_refused(here("audit", tmp_path, labelled, "--clusters", "clusters", cwd=tmp_path), str(tmp_path))
+    assert contents(tmp_path) == {}
+
+
+def test_calibrate_prints_and_writes_the_same(tmp_path: Path) -> None:
+    options = "--cells 20 --genes 3 --fits 1 --draws 5 --max-epochs 1 --threads 1 --json told.json".split()
+    done = here("calibrate", *options, "--save", "fits", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    share = json.loads((tmp_path / "told.json").read_text())["quantities"]["velocity"]["90%"]
+    (row,) = (line.split() for line in done.stdout.splitlines() if line.startswith("velocity"))
+    assert done.stdout.startswith("Coverage of central intervals, 1 fit with 5 draws:") and row[3] == f"{share:.3f}"
+    before = contents(tmp_path)
+    assert_refused(here("calibrate", *options, "--save", "fits", cwd=tmp_path), "told.json", "exists already")
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("command", ["simulate", "fit", "report"])

@@ -19,7 +19,7 @@ from small import GUIDE, MODEL, settings, small_adata
 
 import pyro_velo as pv
 from pyro_velo import comparing, evidence, simulate
-from pyro_velo.cli import main, parse_grid
+from pyro_velo.cli import main
 from pyro_velo.comparing import compare, grid_of, unconverged
 from pyro_velo.comparison import APART, Comparison, columns
 from pyro_velo.data.simulated import to_anndata
@@ -28,6 +28,7 @@ from pyro_velo.evidence import Evidence
 from pyro_velo.fitting import fit
 from pyro_velo.likelihoods import LIKELIHOODS
 from pyro_velo.options import GRID, CompareOptions, FitOptions
+from pyro_velo.parsing import parse_grid
 from pyro_velo.plots.comparison import comparison as draw
 from pyro_velo.rates import RATE_GUIDES
 from pyro_velo.states import STATE_FAMILIES

@@ -23,9 +23,12 @@ LAYERS: dict[int, set[str]] = {
     3: {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "evidence", "nuts"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
+        *("transitions", "macrostates", "fates", "directions", "direction"),
+        *("criticism", "tallies", "calibration", "truth", "prior_draws"),
     },
     4: {
-        *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli"),
+        *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
+        *("futures", "audits", "auditing", "checking", "calibrating"),
         *("__init__", "__main__"),
     },
 }
@@ -45,6 +48,30 @@ SIDEWAYS = {
     ("evidence", "forensics"),
     ("evidence", "schedule"),
     ("evidence", "train"),
+    # Where cells go, and which genes say so.
+    ("transitions", "embedding"),
+    ("transitions", "metrics"),
+    ("macrostates", "metrics"),
+    ("macrostates", "transitions"),
+    ("fates", "metrics"),
+    ("fates", "transitions"),
+    ("directions", "metrics"),
+    ("directions", "transitions"),
+    ("direction", "embedding"),
+    ("direction", "metrics"),
+    # What a fit fails to reproduce, and whether its posterior keeps its word.
+    ("criticism", "evidence"),
+    ("criticism", "posterior"),
+    ("criticism", "train"),
+    ("tallies", "metrics"),
+    ("calibration", "tallies"),
+    ("truth", "calibration"),
+    ("truth", "data"),
+    ("truth", "posterior"),
+    ("truth", "tallies"),
+    ("truth", "train"),
+    ("prior_draws", "data"),
+    ("prior_draws", "truth"),
     ("preprocess", "data"),
     ("data", "simulate"),
     ("reporting", "plots"),
@@ -61,14 +88,31 @@ SIDEWAYS = {
     ("comparing", "comparison"),
     ("comparing", "fitting"),
     ("comparing", "verdict"),
+    ("futures", "fitting"),
+    ("checking", "fitting"),
+    ("audits", "plots"),
+    ("auditing", "audits"),
+    ("auditing", "api"),
+    ("auditing", "fitting"),
+    ("calibrating", "api"),
+    ("calibrating", "fitting"),
+    ("calibrating", "plots"),
     ("cli", "api"),
+    ("cli", "auditing"),
+    ("cli", "calibrating"),
     ("cli", "comparing"),
+    ("cli", "parsing"),
     ("__main__", "cli"),
     # The public names, loaded lazily.
     ("__init__", "api"),
+    ("__init__", "auditing"),
+    ("__init__", "audits"),
+    ("__init__", "calibrating"),
+    ("__init__", "checking"),
     ("__init__", "comparing"),
     ("__init__", "comparison"),
     ("__init__", "fitting"),
+    ("__init__", "futures"),
     ("__init__", "plots"),
     ("__init__", "reporting"),
 }
@@ -244,7 +288,7 @@ def test_the_package_loads_nothing_heavy() -> None:
     assert loaded("-c", f"import {PACKAGE}") & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", [(), ("fit",), ("score",)])
+@pytest.mark.parametrize("command", [(), ("fit",), ("score",), ("calibrate",), ("audit",)])
 def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     assert loaded("-m", PACKAGE, *command, "--help") & (HEAVY | {"numpy", "rich"}) == set()
 

@@ -22,14 +22,23 @@ VAR_OUT = (*RATES, *RATES_SD, FIT_STD_U, FIT_STD_S, FIT_LIKELIHOOD, FIT_R2, FIT_
 
 LATENT_TIME, VELOCITY_UNCERTAINTY = "latent_time", "velocity_uncertainty"
 OBS_OUT = (LATENT_TIME, VELOCITY_UNCERTAINTY)
+VELOCITY_UNCERTAINTY_EXTRINSIC = "velocity_uncertainty_extrinsic"
 
 LATENT = "X_velocity_latent"
 OBSM_OUT = (LATENT,)
 UNS = "pyro_velo"
-UNS_PREPARE, UNS_LAYERS = "prepare", "layers"
+UNS_PREPARE, UNS_LAYERS, UNS_FATES = "prepare", "layers", "fates"
+
+FATE_PROBABILITIES = "fate_probabilities"
+FATE_PROBABILITIES_Q05, FATE_PROBABILITIES_Q95 = f"{FATE_PROBABILITIES}_q05", f"{FATE_PROBABILITIES}_q95"
+FATE_REACHED, FATE_TERMINAL = "fate_reached", "fate_terminal"
+FATES_OBSM = (FATE_PROBABILITIES, FATE_PROBABILITIES_Q05, FATE_PROBABILITIES_Q95)
+FATES_OBS = (FATE_REACHED, FATE_TERMINAL)
+"""What `futures.fates` adds."""
 
 TRUE_ALPHA, TRUE_BETA, TRUE_GAMMA, TRUE_SWITCH = "true_alpha", "true_beta", "true_gamma", "true_t_"
 TRUE_TIME, TRUE_VELOCITY, TRUE_U, TRUE_S = "true_t", "true_velocity", "true_u", "true_s"
+TRUE_LIBRARY = "true_library"
 
 
 def fitted_layers(uns: Mapping[str, Any], present: Container[str]) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from pyro_velo.data.anndata_keys import (
     TRUE_ALPHA,
     TRUE_BETA,
     TRUE_GAMMA,
+    TRUE_LIBRARY,
     TRUE_S,
     TRUE_SWITCH,
     TRUE_TIME,
@@ -26,7 +27,7 @@ from pyro_velo.data.anndata_keys import (
 from pyro_velo.simulate import Batches, Simulation
 
 LINEAGE, BATCH, SIMULATION = "lineage", "batch", "simulation"
-TRUE_LIBRARY, TRUE_ONSET, TRUE_GATE = "true_library", "true_onset", "true_gate"
+TRUE_ONSET, TRUE_GATE = "true_onset", "true_gate"
 TRUE_CAPTURE_U, TRUE_CAPTURE_S = "true_capture_u", "true_capture_s"
 
 

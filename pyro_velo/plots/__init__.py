@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from .audit import edge_directions, gene_contributions
+from .calibration import calibration_panels, coverage, crps, ranks
+from .criticism import k_hat, permutation, predictive_check, predictive_checks
 from .elbo import elbo
 from .embedding import arrows, grid, latent_time, stream, uncertainty
+from .fates import fate_probabilities, fate_probability, fate_shares
 from .genes import best_genes, gene_ranking
 from .phase import phase_portrait
 from .rates import rates
@@ -11,11 +15,24 @@ from .rates import rates
 __all__ = [
     "arrows",
     "best_genes",
+    "calibration_panels",
+    "coverage",
+    "crps",
+    "edge_directions",
     "elbo",
+    "fate_probabilities",
+    "fate_probability",
+    "fate_shares",
+    "gene_contributions",
     "gene_ranking",
     "grid",
+    "k_hat",
     "latent_time",
+    "permutation",
     "phase_portrait",
+    "predictive_check",
+    "predictive_checks",
+    "ranks",
     "rates",
     "stream",
     "uncertainty",
