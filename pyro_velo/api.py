@@ -33,7 +33,7 @@ from pyro_velo.flow import units_of_range
 from pyro_velo.guides import Amortized
 from pyro_velo.likelihoods import LIKELIHOODS
 from pyro_velo.models.velocity import VelocityModel
-from pyro_velo.options import BASIS, COLOR, FitOptions
+from pyro_velo.options import BASIS, COLOR, Depth, FitOptions
 from pyro_velo.posterior import check_draws
 from pyro_velo.priors import priors_from_text
 from pyro_velo.rates import RATE_GUIDES
@@ -79,7 +79,9 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
     if not options.as_is:
         _rename_layers(adata, options)
         limit = NO_LIMIT if options.nuclei else MAX_UNSPLICED_RATIO
-        preprocess.prepare(adata, preprocess.PrepareSettings(seed=options.seed, max_unspliced_ratio=limit))
+        depth = options.depth or depth_for(options.likelihood)
+        settings = preprocess.PrepareSettings(seed=options.seed, max_unspliced_ratio=limit, depth=depth)
+        preprocess.prepare(adata, settings)
     data = velocity_data(
         adata,
         as_is=options.as_is,
@@ -92,13 +94,18 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
         device=device,
     )
     given = {"max_epochs": options.max_epochs, "batch_size": options.batch_size}
-    settings = replace(TrainSettings(), **{name: value for name, value in given.items() if value is not None})
+    training = replace(TrainSettings(), **{name: value for name, value in given.items() if value is not None})
     fitted = fit(
-        model, guide, adata, seed=options.seed, settings=settings, data=data,
+        model, guide, adata, seed=options.seed, settings=training, data=data,
         save=options.save, resume=options.resume,
     )  # fmt: skip
     fitted.write(adata, draws=options.draws, overwrite=options.overwrite)
     return fitted
+
+
+def depth_for(*likelihoods: str) -> Depth:
+    """What cells are scaled to unless it is said: counts keep what cells around hold, layers follow the field."""
+    return "neighbours" if any(LIKELIHOODS[name]().counts for name in likelihoods) else "total"
 
 
 def recipes(options: FitOptions) -> tuple[VelocityModel, Amortized]:

@@ -23,6 +23,7 @@ from pyro_velo.options import (
     GRID,
     CompareOptions,
     Counts,
+    Depth,
     Device,
     FitOptions,
     LikelihoodName,
@@ -139,6 +140,9 @@ def fit(
     rates: Rates = FitOptions.rates,
     times: Times = FitOptions.times,
     transcription: Transcription = FitOptions.transcription,
+    depth: Annotated[
+        Depth | None, typer.Option(help="Scale cells to one total, or to cells around. Default: by the likelihood.")
+    ] = None,
     batch_key: BatchKey = None,
     covariate: Covariates = None,
     prior: PriorTexts = None,
@@ -167,6 +171,7 @@ def fit(
         rates=rates,
         times=times,
         transcription=transcription,
+        depth=depth,
         batch_key=batch_key,
         covariates=tuple(covariate or ()),
         priors=tuple(prior or ()),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from pyro_velo import preprocess
-from pyro_velo.api import recipes
+from pyro_velo.api import depth_for, recipes
 from pyro_velo.comparison import DATA, Comparison
 from pyro_velo.data import check_output, read, whole
 from pyro_velo.data.bridge import VelocityData, velocity_data
@@ -174,7 +174,8 @@ def compare_file(path: Path, options: CompareOptions) -> Comparison:
     # Before the preprocessing, which takes a while.
     design(adata, options.batch_key)
     if not options.as_is:
-        preprocess.prepare(adata, preprocess.PrepareSettings(seed=options.seed))
+        depth = depth_for(*options.grid.get("likelihood", (FitOptions.likelihood,)))
+        preprocess.prepare(adata, preprocess.PrepareSettings(seed=options.seed, depth=depth))
     given = {"max_epochs": options.max_epochs, "batch_size": options.batch_size}
     settings = replace(TrainSettings(), **{name: value for name, value in given.items() if value is not None})
     device = "cuda" if torch.cuda.is_available() else "cpu"

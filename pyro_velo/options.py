@@ -24,6 +24,8 @@ StatesName = Literal["dirichlet", "logistic-normal", "collapsed", "hard"]
 RatesName = Literal["point", "mean-field", "per-gene", "low-rank"]
 TimesName = Literal["per-gene", "shared", "hierarchical"]
 TranscriptionName = Literal["constant", "time-dependent"]
+Depth = Literal["total", "neighbours"]
+"""What a cell's counts are scaled to: the median total of all cells, or that of the cells around it."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class FitOptions:
     """The options of `pyro-velo fit`; `None` leaves the choice to `TrainSettings`, the file or the machine.
 
     `as_is` skips the preprocessing; `nuclei` lets unspliced counts exceed spliced ones by any factor; `draws` counts
-    posterior draws, two at least; `priors` are written as `alpha=LogNormal(0, 1)`; `save` and `resume` are folders of
-    checkpoints; `report` is an HTML file; `overwrite` allows output files and keys that exist.
+    posterior draws, two at least; `depth` is by default "neighbours" for counts and else "total"; `priors` are written
+    as `alpha=LogNormal(0, 1)`; `save` and `resume` are folders of checkpoints; `report` is an HTML file; `overwrite`
+    allows output files and keys that exist.
     """
 
     as_is: bool = False
@@ -54,6 +57,7 @@ class FitOptions:
     rates: RatesName = "mean-field"
     times: TimesName = "per-gene"
     transcription: TranscriptionName = "constant"
+    depth: Depth | None = None
     batch_key: str | None = None
     covariates: tuple[str, ...] = ()
     priors: tuple[str, ...] = ()

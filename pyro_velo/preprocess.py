@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from scipy import sparse
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.checks import MAX_UNSPLICED_RATIO, check_neighbors, check_whole, checked_layers
 from pyro_velo.errors import InputError
+from pyro_velo.options import Depth
 
 if TYPE_CHECKING:
     from scanpy import AnnData
@@ -44,7 +45,7 @@ class PrepareSettings:
         max_unspliced_ratio: unspliced over spliced counts above which the layers are taken to be swapped.
         umap: compute `X_umap` unless it is there.
         seed: of PCA, neighbours and UMAP.
-        depth: what a cell's counts are scaled to: the total of the cells around it, or the median one.
+        depth: what a cell's counts are scaled to: the median total, or that of the cells around it.
     """
 
     min_shared_counts: int = 30
@@ -55,13 +56,13 @@ class PrepareSettings:
     max_unspliced_ratio: float = MAX_UNSPLICED_RATIO
     umap: bool = True
     seed: int = 0
-    depth: Literal["neighbours", "total"] = "neighbours"
+    depth: Depth = "total"
 
     def __post_init__(self) -> None:
         """Raises `InputError` for a number that is too low to work with."""
         least = {"min_shared_counts": 0, "n_top_genes": MIN_GENES, "n_pcs": 1, "n_neighbors": 2, "seed": 0}
-        if self.depth not in ("neighbours", "total"):
-            raise InputError(f"depth is {self.depth!r}, expected 'neighbours' or 'total'; choose one of them.")
+        if self.depth not in get_args(Depth):
+            raise InputError(f"depth is {self.depth!r}, expected {' or '.join(get_args(Depth))}; choose one of them.")
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InputError(f"{name} is {getattr(self, name)}, expected {low} or more; choose a larger number.")
@@ -95,18 +96,19 @@ def _threads_kept() -> Iterator[None]:
 def prepare(adata: AnnData, settings: PrepareSettings | None = None) -> None:
     r"""Filter, normalise and smooth the raw counts of `adata`, in place.
 
-    Genes are kept by shared counts, then by dispersion (scanpy's seurat flavour). Neighbours are found on the PCA of
-    log1p of the spliced counts, each cell scaled to the median total. Each molecule is then scaled to what the cells
-    around hold of it: with W the 0/1 graph of neighbours and self, rows summing to one, and n, m the totals per cell of
-    spliced counts S and unspliced counts U,
+    Genes are kept by shared counts, then by dispersion (scanpy's seurat flavour). Each molecule is scaled to its median
+    total per cell; neighbours are found on the PCA of log1p of the scaled spliced counts. With W the 0/1 graph of
+    neighbours and self, rows summing to one, and n, m the totals per cell of spliced counts S and unspliced counts U,
 
-    $$M_s = W\, \mathrm{diag}(W n / n)\, S, \qquad M_u = W\, \mathrm{diag}(W m / m)\, U.$$
+    $$M_s = W\, \mathrm{diag}(\tilde n / n)\, S, \qquad M_u = W\, \mathrm{diag}(\tilde m / m)\, U.$$
 
-    How deeply a cell happened to be sequenced has no part in where it stands, but how much RNA a cell of its kind holds
-    is part of the kinetics: scaled to one total, all other genes fall where some rise, and nothing tells whether cells
-    hold more unspliced RNA than they will. `depth="total"` does it all the same, with the median in the place of W n.
+    With `depth="neighbours"`, $W n$ stands for $\tilde n$ and $W m$ for $\tilde m$: how deeply a cell happened to be
+    sequenced has no part in where it stands, but how much RNA a cell of its kind holds is part of the kinetics. Scaled
+    to one total, all other genes fall where some rise, and nothing tells whether cells hold more unspliced RNA than
+    they will. It is what counts want, and simulations in which most genes rise together.
 
-    Written: layers `Ms`, `Mu` (dense float32); obs `size_spliced`, `size_unspliced` (n over W n); var
+    Written: layers `Ms`, `Mu` (dense float32); obs `size_spliced`, `size_unspliced` (n over
+    its median, or over W n); var
     `velocity_genes`; `X_pca`, the neighbours, and `X_umap` unless it is
     there; uns `pyro_velo/prepare`. Raw layers keep their values and `X` is left alone; genes that fail leave `adata`.
     Memory besides `adata`: at first copies of both layers, later one of one layer (8 bytes a count) and, to stay,

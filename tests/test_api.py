@@ -174,3 +174,8 @@ def test_the_simulated_file_holds_the_truth(tmp_path: Path) -> None:
     adata = anndata.read_h5ad(tmp_path / "null.h5ad")
     assert (adata.layers[keys.TRUE_VELOCITY] == 0).all() and adata.n_obs == 30
     assert np.issubdtype(adata.layers["spliced"].dtype, np.integer)
+
+
+def test_counts_keep_what_the_cells_around_hold_unless_it_is_said() -> None:
+    assert api.depth_for("normal", "studentt") == "total"
+    assert api.depth_for("normal", "nb") == "neighbours"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -59,11 +61,13 @@ def test_size_factors_zero_and_unit_give_the_counts_back_on_average(as_is: bool)
     assert (ratio.log().abs() < 0.15).float().mean() > 0.9
 
 
-def test_depth_is_what_preprocessing_saw_before_it_dropped_genes() -> None:
+@pytest.mark.parametrize("depth", ["total", "neighbours"])
+def test_depth_is_what_preprocessing_saw_before_it_dropped_genes(depth: Literal["total", "neighbours"]) -> None:
     raw = counted()
     total = np.asarray(raw.layers["spliced"].sum(1)).ravel()
-    pv.pp.prepare(raw, pv.pp.PrepareSettings(umap=False, n_neighbors=10, min_shared_counts=5))
-    relative = total / (preprocess.averaging_weights(raw.obsp["connectivities"]) @ total)
+    pv.pp.prepare(raw, pv.pp.PrepareSettings(umap=False, n_neighbors=10, min_shared_counts=5, depth=depth))
+    around = preprocess.averaging_weights(raw.obsp["connectivities"]) @ total
+    relative = total / (around if depth == "neighbours" else np.median(total))
     assert_allclose(raw.obs[keys.size_factor("spliced")], relative, rtol=1e-5)
     cells = pv.velocity_data(raw, counts=True).cells
     assert_allclose(cells.counts.size_factors[1, :, 0], relative, rtol=1e-5)
