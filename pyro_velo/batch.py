@@ -85,6 +85,8 @@ class Cells(Molecules):
     covariates: Tensor | None = None
     group: Tensor | None = None
     n_groups: int = 0
+    order: Tensor | None = None
+    """(N,) in [0, 1]: where the cells stand in time as far as it can be told before a fit; None: by each alone."""
 
     def __post_init__(self) -> None:
         """Check the shape once, so that nobody else has to."""

@@ -20,7 +20,7 @@ from pyro_velo.batch import Cells
 from pyro_velo.data.bridge import VelocityData, check_same, velocity_data, write_posterior
 from pyro_velo.data.checks import check_output_keys
 from pyro_velo.errors import InputError
-from pyro_velo.flow import summarise_cells
+from pyro_velo.flow import order_before_a_fit, summarise_cells
 from pyro_velo.forensics import NonFiniteError
 from pyro_velo.guides import Amortized
 from pyro_velo.models.base import Model
@@ -109,8 +109,7 @@ class Fit:
         check_output_keys(adata, overwrite=overwrite)
         posterior = self.posterior(draws=draws, over_states=over_states)
         write_posterior(adata, self.data, posterior, about=self.about(draws, over_states))
-        recipe = getattr(self.fitted.program, "recipe", None)
-        summarise_cells(adata, shared_clock=isinstance(recipe, VelocityModel) and recipe.times.shared)
+        summarise_cells(adata, shared_clock=_one_clock(getattr(self.fitted.program, "recipe", None)))
 
     def about(self, draws: int, over_states: str) -> dict[str, Any]:
         """Everything needed to say how the numbers were made."""
@@ -162,6 +161,9 @@ def fit(
     model, guide = model or VelocityModel(), guide or Amortized()
     data = data or velocity_data(adata, counts=_counts(model))
     check_suits(model, data)
+    if _one_clock(model) and data.cells.order is None and "distances" in adata.obsp:
+        order = order_before_a_fit(data.cells, adata.obsp["distances"])
+        data = replace(data, cells=replace(data.cells, order=order))
     recipe = in_words(model, guide)
     wanted = replace(settings or TrainSettings(), seed=seed)
     training = _resumed(resume, data, recipe) if resume else None
@@ -200,6 +202,11 @@ def load(folder: str | Path, model: Model | None, guide: Guide | None, adata: An
 def _counts(model: Model) -> bool:
     """Whether a model wants raw counts."""
     return isinstance(model, VelocityModel) and model.likelihood.counts
+
+
+def _one_clock(model: Any) -> bool:
+    """Whether a model gives each cell a time that its genes share."""
+    return isinstance(model, VelocityModel) and model.times.shared
 
 
 def check_suits(model: Model, data: VelocityData) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pyro_velo import embedding
+from pyro_velo.batch import Cells
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.checks import check_key, checked_basis
 from pyro_velo.errors import InputError
+from pyro_velo.initial import SteadyState
 from pyro_velo.kinetics import T_MAX
 from pyro_velo.options import BASIS
 
@@ -42,6 +46,20 @@ def summarise_cells(adata: AnnData, *, shared_clock: bool = False) -> None:
         adata.obs[keys.LATENT_TIME] = embedding.potential(cosines)
     for basis in _bases(adata):
         project(adata, basis)
+
+
+def order_before_a_fit(cells: Cells, graph: Any) -> Tensor:
+    r"""The cells' order (N,) in [0, 1] along the flow $u - (\gamma/\beta) s$ between neighbours in `graph`.
+
+    Velocities of the steady-state model (La Manno et al. 2018), and the potential that agrees with them best. It looks
+    at all cells together, and so finds an order along branches that a cell's own phase portraits leave open.
+    """
+    measured_u, s = cells.scaled
+    rates = SteadyState()(cells).rates
+    velocity = measured_u * cells.ratio - rates.gamma / rates.beta * s
+    cosines = embedding.cosine_correlations(velocity.cpu().numpy(), s.cpu().numpy(), graph, steps=1)
+    rank = np.argsort(np.argsort(embedding.potential(cosines), kind="stable"), kind="stable")
+    return torch.from_numpy(rank / max(1, len(rank) - 1)).to(s)
 
 
 def units_of_range(adata: AnnData) -> tuple[Any, Any, Any]:

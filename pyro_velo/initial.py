@@ -119,14 +119,15 @@ STEEPER = (0.5, 1.0, 2.0)
 
 
 def rates_by_order(cells: Cells, start: Rates) -> tuple[Rates, Tensor]:
-    """Each gene's best of a grid of curves and onsets, if the phase portraits' order of the cells is a shared time.
+    """Each gene's best of a grid of curves and onsets, if the order of the cells before a fit is a shared time.
 
     Without it a gene whose switch starts on the wrong side of the true one may stay there. The grid: `ONSETS`,
     `SWITCHES` after them, beta `FASTER` and gamma `STEEPER` than the start; alpha by least squares, both molecules in
     units of their range.
     """
     measured_u, s = cells.scaled
-    order = rough_order(measured_u * cells.ratio, s, start).argsort()
+    order = rough_order(measured_u * cells.ratio, s, start) if cells.order is None else cells.order
+    order = order.argsort()
     u, s = (_in_bins(x[order]) for x in (measured_u, s))
     t = T_MAX * (torch.arange(len(u), device=u.device, dtype=u.dtype)[:, None] + 0.5) / len(u)
     best, least = start, torch.full_like(start.alpha, float("inf"))

@@ -10,14 +10,17 @@ import pyro
 import pytest
 import torch
 from numpy.testing import assert_array_equal
-from scipy.stats import pearsonr
+from scipy.sparse import csr_matrix
+from scipy.stats import pearsonr, spearmanr
 from small import GUIDE, MODEL, differing, leaves, settings, small_adata
 
 import pyro_velo as pv
 from pyro_velo import checkpoint, metrics
+from pyro_velo.batch import Cells
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.errors import InputError
 from pyro_velo.fitting import describe, in_words
+from pyro_velo.flow import order_before_a_fit
 from pyro_velo.forensics import NonFiniteError
 from pyro_velo.train import train
 
@@ -222,3 +225,29 @@ def test_a_clock_that_genes_share_is_the_cells_latent_time():
     t = adata.layers[keys.FIT_T][:, adata.var[keys.VELOCITY_GENES].to_numpy()]
     np.testing.assert_allclose(adata.obs[keys.LATENT_TIME], t[:, 0] / 20, rtol=1e-5)
     assert {"fit_onset", "fit_t_"} <= set(adata.var) and (adata.var["fit_onset"].dropna() > 0).all()
+
+
+def test_the_order_before_a_fit_is_that_of_time_and_turns_with_it():
+    noise = pv.simulate.NegativeBinomial()
+    adata = pv.to_anndata(pv.simulate.simulate(300, 60, settings=pv.simulate.Settings(noise=noise), seed=0))
+    pv.pp.prepare(adata, pv.pp.PrepareSettings(umap=False, depth="neighbours"))
+    cells, graph, t = pv.velocity_data(adata).cells, adata.obsp["distances"], adata.obs["true_t"]
+    order = order_before_a_fit(cells, graph)
+    assert spearmanr(order, t).statistic > 0.9
+    # The same cells with their molecules exchanged run backwards.
+    turned = Cells(cells.molecules.flip(0) * torch.stack((1 / cells.ratio, cells.ratio))[:, None], cells.ratio)
+    assert spearmanr(order_before_a_fit(turned, graph), t).statistic < -0.5
+
+
+def test_a_shared_clock_starts_in_that_order():
+    adata = small_adata()
+    model = replace(MODEL, times=pv.times.Shared())
+    without = pv.fit(model, GUIDE, adata, settings=settings(), data=data(adata), progress=False)
+    assert without.data.cells.order is None
+    adata.obsp["distances"] = csr_matrix(np.eye(adata.n_obs, k=1) + np.eye(adata.n_obs, k=-1))
+    fit = pv.fit(model, GUIDE, adata, settings=settings(), data=data(adata), progress=False)
+    assert fit.data.cells.order.min() == 0 and fit.data.cells.order.max() == 1
+    batch = fit.data.cells.batch(torch.tensor([3, 1]))
+    assert torch.equal(fit.fitted.program.rough_order(batch), fit.data.cells.order[[3, 1]])
+    per_gene = pv.fit(MODEL, GUIDE, adata, settings=settings(), data=data(adata), progress=False)
+    assert per_gene.data.cells.order is None

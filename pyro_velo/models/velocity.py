@@ -118,9 +118,11 @@ class VelocityProgram(nn.Module):
         self.state_scale: Tensor
         self.zero: Tensor | None
         self.unit: Tensor | None
+        self.order: Tensor | None
         self.register_buffer("ratio", torch.as_tensor(cells.ratio).to(cells.molecules))
         self.register_buffer("state_scale", cells.molecules.new_tensor(C_K)[:, None, None])
         self.register_buffer("zero", cells.counts.zero if cells.counts else None)
+        self.register_buffer("order", cells.order, persistent=False)
         self.register_buffer("unit", cells.counts.unit if cells.counts else None)
 
     def _start(self, cells: Cells) -> Start:
@@ -168,6 +170,8 @@ class VelocityProgram(nn.Module):
 
     def rough_order(self, batch: Batch) -> Tensor:
         """The order of the batch's cells before any fit, (B,) in [0, 1]."""
+        if self.order is not None:
+            return self.order[batch.index]
         x = batch.molecules
         if self.unit is not None and self.zero is not None and batch.size_factors is not None:
             x = (x / batch.size_factors - self.zero) / self.unit
