@@ -26,6 +26,7 @@ from pyro_velo.guides import Amortized
 from pyro_velo.models.base import Model
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.posterior import Draws, OverStates, Posterior, stream, summarise
+from pyro_velo.refinement import refine
 from pyro_velo.train import Fitted, Guide, Training, TrainSettings, restore, train
 from pyro_velo.version import __version__
 
@@ -129,6 +130,14 @@ class Fit:
             "held_out_elbo": training.plateau.best,
             "interrupted": self.interrupted,
         }
+
+    def refined(self, *, steps: int = 50, progress: bool | None = None) -> Fit:
+        """The same fit, each cell's q(z) moved on from where the encoder put it; see `refinement.refine`.
+
+        It is not part of what `save` keeps: refine again after `load`.
+        """
+        seed = self.fitted.training.settings.seed
+        return replace(self, fitted=refine(self.fitted, self.data.cells, steps=steps, seed=seed, progress=progress))
 
     def save(self, folder: str | Path) -> None:
         """Keep the fit in a folder, to `load` it or to go on from it."""

@@ -13,7 +13,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 from pyro import poutine
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_velo.batch import Batch
 from pyro_velo.models.base import Guide
@@ -45,6 +45,8 @@ class AmortizedProgram(nn.Module):
         self.encoder = NormalEncoder(2 * n_genes + told, model.n_latent, recipe.hidden)
         self.state_decoder = Decoder(model.n_latent + told, n_genes, recipe.hidden_states, heads=model.states.heads)
         self.rates = recipe.rates(program)
+        self.own: tuple[Tensor, Tensor] | None = None
+        """Means and sds (N, d) of q(z) for each cell by its number, where they are known better; see `refinement`."""
 
     def forward(self, batch: Batch) -> None:
         """Draw every latent site of the model."""
@@ -55,8 +57,11 @@ class AmortizedProgram(nn.Module):
 
     def encode(self, batch: Batch) -> dist.Distribution:
         """q(z | u, s), which is the same in every draw."""
-        pyro.module("encoder", self.encoder)
-        loc, scale = self.encoder(batch.seen)
+        if self.own is None:
+            pyro.module("encoder", self.encoder)
+            loc, scale = self.encoder(batch.seen)
+        else:
+            loc, scale = (each[batch.index] for each in self.own)
         return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
 
     def cells(self, batch: Batch, latent: dist.Distribution) -> None:
