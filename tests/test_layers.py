@@ -21,7 +21,7 @@ LAYERS: dict[int, set[str]] = {
     1: {"priors", "likelihoods", "states", "initial", "mixture", "times", "transcription"},
     2: {"models", "rates", "guides"},
     3: {
-        *("train", "schedule", "forensics", "checkpoint", "posterior", "evidence", "nuts"),
+        *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
         *("transitions", "macrostates", "fates", "directions", "direction"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
@@ -43,6 +43,8 @@ SIDEWAYS = {
     ("checkpoint", "schedule"),
     ("checkpoint", "train"),
     ("posterior", "train"),
+    ("refinement", "schedule"),
+    ("refinement", "train"),
     ("nuts", "schedule"),
     ("nuts", "train"),
     ("evidence", "forensics"),
