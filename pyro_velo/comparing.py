@@ -14,7 +14,7 @@ import torch
 
 from pyro_velo import preprocess
 from pyro_velo.api import depth_for, recipes
-from pyro_velo.comparison import DATA, Comparison
+from pyro_velo.comparison import CENSORED, COUNTS, SCALED, Comparison
 from pyro_velo.data import check_output, read, whole
 from pyro_velo.data.bridge import VelocityData, velocity_data
 from pyro_velo.data.covariates import design
@@ -58,12 +58,14 @@ def compare(
     if not pairs:
         raise InputError("Expected one variant or more to compare; got none. Pass a mapping of names to models.")
     settings = replace(settings or TrainSettings(), seed=seed)
-    kinds = {name: _wants_counts(model) for name, (model, _) in pairs.items()}
-    sources = {kind: velocity_data(adata, counts=kind, **data) for kind in dict.fromkeys(kinds.values())}
+    kinds = {name: _numbers(model) for name, (model, _) in pairs.items()}
+    counted = {kind == COUNTS for kind in kinds.values()}
+    read_as = {counts: velocity_data(adata, counts=counts, **data) for counts in sorted(counted)}
+    sources = {kind: read_as[kind == COUNTS] for kind in kinds.values()}
     for name, (model, _) in pairs.items():
         check_suits(model, sources[kinds[name]])
     train_index, index = checked_split(adata.n_obs, settings.held_out, seed)
-    rows: dict[bool, list[Row]] = {kind: [] for kind in sources}
+    rows: dict[str, list[Row]] = {kind: [] for kind in sources}
     interrupted = ""
     for name, (model, guide) in pairs.items():
         kind = kinds[name]
@@ -73,7 +75,7 @@ def compare(
         row, stopped = _scored(name, model, guide, adata, settings, sources[kind], progress)
         rows[kind].append(row)
         interrupted = name if stopped else ""
-    groups = tuple(judge(DATA[kind], found) for kind, found in rows.items())
+    groups = tuple(judge(kind, found) for kind, found in rows.items())
     return Comparison(groups, settings, len(train_index), len(index))
 
 
@@ -87,8 +89,11 @@ def _pair(name: str, variant: Any) -> tuple[Model, Guide | None]:
     return model, guide
 
 
-def _wants_counts(model: Model) -> bool:
-    return isinstance(model, VelocityModel) and model.likelihood.counts
+def _numbers(model: Model) -> str:
+    """What a model gives a probability to: bounds of the same numbers can be compared."""
+    if not isinstance(model, VelocityModel):
+        return SCALED
+    return COUNTS if model.likelihood.counts else CENSORED if model.likelihood.lump else SCALED
 
 
 def _scored(

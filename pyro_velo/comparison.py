@@ -24,7 +24,7 @@ APART = (
     "Scaled layers and raw counts are different numbers on different scales, so the two tables are not ranked against "
     "each other."
 )
-DATA = {False: "scaled layers", True: "raw counts"}
+SCALED, CENSORED, COUNTS = "scaled layers", "scaled layers, zeros censored", "raw counts"
 
 
 @dataclass(frozen=True)

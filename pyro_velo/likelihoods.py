@@ -38,6 +38,8 @@ class Likelihood(ABC):
     """The per-gene parameters; each has a prior of the same name in `Priors`."""
     counts: ClassVar[bool] = False
     """Whether it takes raw integer counts, or else smoothed and scaled expression."""
+    lump: ClassVar[bool] = False
+    """Whether a zero of a scaled layer has a probability: bounds of densities can't be compared with it."""
     starts: ClassVar[Mapping[str, float]] = STARTS
     """A start value for each of `parameters`; a gate's is a logit, any real number."""
 
@@ -54,22 +56,34 @@ class Likelihood(ABC):
 
 @dataclass(frozen=True)
 class Normal(Likelihood):
-    r"""$x \sim \mathcal{N}(\bar x, (c_k\sigma)^2)$ on smoothed, min-max scaled layers (Gayoso et al. 2023, eq. 13).
+    r"""$x \sim \mathcal{N}(\bar x, (c_k\sigma)^2)$ on smoothed, min-max scaled layers (Gayoso et al. 2023, eq. 13)."""
 
-    `censored`: a zero, the least that a gene has, says that $x \le 0$ (Tobin 1958). Abundances can't be negative, and
-    where a gene is silent half of its noise would be: taken for the very value, those zeros, and what noise is left
-    above them, pull a gene's curve off its asymptote and its rates with it.
-    """
-
-    censored: bool = True
     parameters = ("noise",)
 
     def __call__(
         self, mean: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float = 1.0
     ) -> TorchDistribution:
         """Normal of sd `scale * noise`."""
-        made = CensoredNormal if self.censored else QuickNormal
-        return made(mean, parameters["noise"] * scale)
+        return QuickNormal(mean, parameters["noise"] * scale)
+
+
+@dataclass(frozen=True)
+class Tobit(Likelihood):
+    r"""$x = \max(0, x^*)$ of a Normal $x^*$, on the same layers: a zero says that $x^* \le 0$ (Tobin 1958).
+
+    Abundances can't be negative, and where a gene is silent half of its noise would be: taken for their very values,
+    such zeros, and what noise is left above them, pull a gene's curve off its asymptote and its rates with it. Cells
+    that express nothing then say little of their time, which wants a clock that genes share.
+    """
+
+    parameters = ("noise",)
+    lump = True
+
+    def __call__(
+        self, mean: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float = 1.0
+    ) -> TorchDistribution:
+        """Normal of sd `scale * noise`, censored at zero."""
+        return CensoredNormal(mean, parameters["noise"] * scale)
 
 
 @dataclass(frozen=True)
@@ -335,6 +349,7 @@ class ZeroInflated(TorchDistribution):
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "normal": Normal,
+    "tobit": Tobit,
     "studentt": StudentT,
     "poisson": Poisson,
     "nb": NB,

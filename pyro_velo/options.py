@@ -19,7 +19,7 @@ BASIS = "umap"
 COLOR = "clusters"
 
 
-LikelihoodName = Literal["normal", "studentt", "poisson", "nb", "zip", "zinb"]
+LikelihoodName = Literal["normal", "tobit", "studentt", "poisson", "nb", "zip", "zinb"]
 StatesName = Literal["dirichlet", "logistic-normal", "collapsed", "hard"]
 RatesName = Literal["point", "mean-field", "per-gene", "low-rank"]
 TimesName = Literal["per-gene", "shared", "hierarchical"]

@@ -320,7 +320,7 @@ def test_the_grid_is_the_product() -> None:
     [
         (["noise=nb"], "Expected a grid of likelihood, states, rates, times, transcription; got 'noise=nb'"),
         (["nb"], "got 'nb'"),
-        (["likelihood=nb,gauss"], "normal, studentt, poisson, nb, zip, zinb; got 'gauss' in 'likelihood=nb,gauss'"),
+        (["likelihood=nb,gauss"], "normal, tobit, studentt, poisson, nb, zip, zinb; got 'gauss' in 'likelihood=nb,gauss'"),
         (["likelihood="], "got ''"),
         (["times=shared", "times=per-gene"], "Expected times once"),
         (["times=shared,shared"], "with each value once"),
@@ -421,3 +421,10 @@ def test_zero_inflation_is_found_where_it_was_planted(noise: str, choice: str) -
     assert found.choice == {"raw counts": choice}
     mean, error = found.groups[0].differences["poisson"]
     assert mean < -3 * error
+
+
+def test_a_lump_at_zero_is_not_ranked_against_densities() -> None:
+    variants = {"normal": small("normal"), "tobit": small("tobit"), "studentt": small("studentt")}
+    found = compare(variants, small_adata(), as_is=True, settings=settings(max_epochs=2), progress=False)
+    assert [group.scored for group in found.groups] == ["scaled layers", "scaled layers, zeros censored"]
+    assert [[row.name for row in group.rows] for group in found.groups] == [["normal", "studentt"], ["tobit"]]

@@ -87,6 +87,7 @@ def without_gradient(grid: list[tuple[str, ...]]) -> list[str]:
     [
         ({}, {"noise"}),
         ({"likelihood": "studentt"}, {"noise"}),
+        ({"likelihood": "tobit"}, {"noise"}),
         ({"likelihood": "poisson"}, set()),
         ({"likelihood": "nb"}, {"dispersion"}),
         ({"likelihood": "zip"}, {"gate"}),
