@@ -173,15 +173,17 @@ def test_without_a_clock_states_are_equally_likely_and_times_uniform_within_them
     assert_array_equal(found.time[found.state == 1], switch[found.state == 1])
 
 
-def test_the_noise_is_the_likelihoods_and_nothing_is_rescaled(shared) -> None:
-    _, found = shared
+@pytest.mark.parametrize("likelihood", ["normal", "tobit"])
+def test_the_noise_is_the_likelihoods_and_nothing_is_rescaled(likelihood: str) -> None:
+    model = replace(MODEL, times=TIMES["shared"](), likelihood=LIKELIHOODS[likelihood]())
+    found = draw_from_prior(model, (300, 20), seed=1)
     scale = torch.tensor(C_K)[found.state]
     assert found.cells.ratio == 1 and found.cells.counts is None
     for name, measured, mean in (("unspliced", found.cells.u, found.u), ("spliced", found.cells.s, found.s)):
         place = torch.special.ndtr(((measured - mean) / (scale * found.values[f"noise_{name}"])).double()).numpy()
-        assert (measured >= 0).all() and (measured == 0).any()
-        # A zero is censored: the noise may have been anything below it.
-        place = np.where(measured.numpy() > 0, place, place * np.random.default_rng(0).random(place.shape))
+        assert (measured < 0).any() == (likelihood == "normal") and (measured == 0).any() == (likelihood == "tobit")
+        # A censored zero: the noise may have been anything below it.
+        place = np.where(measured.numpy() != 0, place, place * np.random.default_rng(0).random(place.shape))
         for state in range(4):
             assert kstest(place[(found.state == state).numpy()], "uniform").pvalue > 1e-4, (name, state)
 

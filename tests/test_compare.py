@@ -320,7 +320,10 @@ def test_the_grid_is_the_product() -> None:
     [
         (["noise=nb"], "Expected a grid of likelihood, states, rates, times, transcription; got 'noise=nb'"),
         (["nb"], "got 'nb'"),
-        (["likelihood=nb,gauss"], "normal, tobit, studentt, poisson, nb, zip, zinb; got 'gauss' in 'likelihood=nb,gauss'"),
+        (
+            ["likelihood=nb,gauss"],
+            "normal, tobit, studentt, poisson, nb, zip, zinb; got 'gauss' in 'likelihood=nb,gauss'",
+        ),
         (["likelihood="], "got ''"),
         (["times=shared", "times=per-gene"], "Expected times once"),
         (["times=shared,shared"], "with each value once"),
