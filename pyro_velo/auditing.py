@@ -12,11 +12,7 @@ from numpy.typing import NDArray
 from pyro_velo import embedding
 from pyro_velo.api import recipes
 from pyro_velo.audits import MAJORITY, MARGIN, Audit, EdgeAudit
-from pyro_velo.data import anndata_keys as keys
-from pyro_velo.data import read
-from pyro_velo.data.bridge import check_same
-from pyro_velo.data.checks import check_key, check_known, checked_labels
-from pyro_velo.direction import (
+from pyro_velo.contributions import (
     Agreement,
     Array,
     Boundary,
@@ -33,6 +29,10 @@ from pyro_velo.direction import (
     flow_without_each,
     surely_negative,
 )
+from pyro_velo.data import anndata_keys as keys
+from pyro_velo.data import read
+from pyro_velo.data.bridge import check_same
+from pyro_velo.data.checks import check_key, check_known, checked_labels
 from pyro_velo.errors import InputError
 from pyro_velo.fitting import Fit, load
 from pyro_velo.options import FitOptions
@@ -63,7 +63,7 @@ def audit(
     which $\mathrm{CBDir}(A \to B) - \mathrm{CBDir}(B \to A)$ is positive in most draws.
 
     Genes are called reversed where $P(r_g < -0.3)$ is so high that the posterior expected share of false ones among
-    them is `fdr` at most; $r_g$ is that of `direction.Agreement`, along the flow of the posterior mean. Nothing is
+    them is `fdr` at most; $r_g$ is that of `contributions.Agreement`, along the flow of the posterior mean. Nothing is
     written.
 
     The draws are streamed twice; what is kept is a cells x genes array, and draws x genes for each direction of an

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pyro_velo.contributions import Array
 from pyro_velo.data.checks import check_known
-from pyro_velo.direction import Array
 from pyro_velo.errors import InputError
 from pyro_velo.plots import audit as pictures
 
@@ -84,7 +84,7 @@ class Audit:
     """What came of an audit; `print` shows its tables.
 
     Of each of the G fitted genes, (G,): `agreement` in [-1, 1] of its velocity with its change along the flow of the
-    other genes (see `direction.Agreement`), mean, 5 % and 95 % quantile over draws, each of which weighs the cells
+    other genes (see `contributions.Agreement`), mean, 5 % and 95 % quantile over draws, each of which weighs the cells
     anew; `p_reversed`, the share of draws in which it is below -`MARGIN`; `reversed`, those that are called at `fdr`.
     `consensus`: of the genes whose mean agreement is beyond `MARGIN` or -`MARGIN`, the share that agree; below
     `MAJORITY`, as on cells that stand still, there is no flow to judge by, and none is called. `found` says that the

@@ -17,8 +17,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-from pyro_velo.errors import InputError
-from pyro_velo.special import (
+from pyro_velo.densities import (
     censored_normal_log_density,
     negative_binomial_log_density,
     normal_log_density,
@@ -26,6 +25,7 @@ from pyro_velo.special import (
     student_t_log_density,
     zero_inflated,
 )
+from pyro_velo.errors import InputError
 
 STARTS = {"noise": 0.1, "dispersion": 10.0, "gate": -3.0}
 """Where each kind of parameter starts: the sd of scaled expression, the dispersion, and the logit of the gate."""

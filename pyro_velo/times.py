@@ -47,7 +47,7 @@ class OrderPenalty:
     r"""$-w\,G\,(T_n - \hat T_n)^2 / 2$ in units of `width`, per cell, while the KL warms up: then it is gone.
 
     A time shared by all genes has two modes, forwards and backwards, and a fit stays in the one it starts in; this
-    starts it in the order that the phase portraits suggest (`initial.rough_order`).
+    starts it in the order known before a fit: `Cells.order`, or what the phase portraits suggest (`rough_order`).
     """
 
     weight: float = 1.0

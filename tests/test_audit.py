@@ -20,7 +20,7 @@ import pyro_velo as pv
 from pyro_velo import metrics, simulate
 from pyro_velo.auditing import audit
 from pyro_velo.audits import MAJORITY, MARGIN, Audit
-from pyro_velo.direction import (
+from pyro_velo.contributions import (
     Agreement,
     Leaver,
     blocks,

@@ -17,13 +17,24 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "pyro_velo"
 
 LAYERS: dict[int, set[str]] = {
-    0: {"errors", "options", "version", "kinetics", "special", "batch", "nn", "compiled", "data.anndata_keys"},
+    0: {
+        "errors",
+        "options",
+        "version",
+        "kinetics",
+        "special",
+        "densities",
+        "batch",
+        "nn",
+        "compiled",
+        "data.anndata_keys",
+    },
     1: {"priors", "likelihoods", "states", "initial", "mixture", "times", "transcription"},
     2: {"models", "rates", "guides"},
     3: {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
-        *("transitions", "macrostates", "fates", "directions", "direction"),
+        *("transitions", "macrostates", "fates", "directions", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
     },
     4: {
@@ -36,6 +47,7 @@ LAYER = {module: layer for layer, modules in LAYERS.items() for module in module
 """An entry covers the modules below it too, where they have no entry of their own."""
 
 SIDEWAYS = {
+    ("densities", "special"),
     ("guides", "models"),
     ("guides", "rates"),
     ("train", "forensics"),
@@ -59,8 +71,8 @@ SIDEWAYS = {
     ("fates", "transitions"),
     ("directions", "metrics"),
     ("directions", "transitions"),
-    ("direction", "embedding"),
-    ("direction", "metrics"),
+    ("contributions", "embedding"),
+    ("contributions", "metrics"),
     # What a fit fails to reproduce, and whether its posterior keeps its word.
     ("criticism", "evidence"),
     ("criticism", "posterior"),

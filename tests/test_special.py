@@ -15,18 +15,16 @@ from tolerances import assert_close
 from torch import Tensor
 from toys import leaf
 
-from pyro_velo.special import (
+from pyro_velo.densities import (
     LEAST_MEAN,
     censored_normal_log_density,
-    log_gamma_and_digamma,
     negative_binomial_log_density,
     normal_log_density,
     poisson_log_density,
-    stirling_error,
-    stirling_slope,
     student_t_log_density,
     zero_inflated,
 )
+from pyro_velo.special import log_gamma_and_digamma, stirling_error, stirling_slope
 
 both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
