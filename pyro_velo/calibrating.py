@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from pyro_velo.api import recipes
 from pyro_velo.batch import Cells
 from pyro_velo.calibration import Calibration, Record
+from pyro_velo.coupling import couple
 from pyro_velo.data import check_output, whole
 from pyro_velo.data.bridge import check_same
 from pyro_velo.errors import FitError, InputError
@@ -186,6 +187,7 @@ def _one(
     fitted = train(fit_by, guide, simulated.cells, settings=options, progress=False)
     if fitted.interrupted:
         raise KeyboardInterrupt
+    fitted = couple(fitted, simulated.cells, seed=options.seed, progress=False)
     return measure(
         fitted, simulated.cells, simulated.truth,
         draws=draws, seed=seeds[2], over_states=settings.over_states, progress=False,

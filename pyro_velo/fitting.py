@@ -17,6 +17,7 @@ from pyro.infer import ELBO
 
 from pyro_velo import checkpoint
 from pyro_velo.batch import Cells
+from pyro_velo.coupling import couple
 from pyro_velo.data.bridge import VelocityData, check_same, velocity_data, write_posterior
 from pyro_velo.data.checks import check_output_keys
 from pyro_velo.errors import InputError
@@ -162,7 +163,8 @@ def fit(
     `settings` is a `TrainSettings`, with `seed` put in; `data` says which layers (see `velocity_data`; by default `Ms`
     and `Mu`), `elbo` is any of Pyro's (default `Trace_ELBO`), `save` a folder for a checkpoint after every look at the
     held-out cells, `resume` a folder to go on from (with the settings and the seed it was made with; only its length
-    may change), `progress` shows a bar (None: where stderr is a terminal).
+    may change), `progress` shows a bar (None: where stderr is a terminal). A fit with a clock that genes share and the
+    rate guide `PerGene` ends with the two coupled (`coupling.couple`), unless it was interrupted.
 
     Raises `InputError` for bad layers or a checkpoint of another run; `NonFiniteError`, naming the gene, for NaN in the
     fit.
@@ -193,6 +195,8 @@ def fit(
         )
     except NonFiniteError as error:
         raise error.named(data.gene_names) from None
+    if not fitted.interrupted:
+        fitted = couple(fitted, data.cells, seed=seed, progress=progress)
     return Fit(fitted, data, recipe)
 
 
@@ -205,7 +209,9 @@ def load(folder: str | Path, model: Model | None, guide: Guide | None, adata: An
     model, guide = model or VelocityModel(), guide or Amortized()
     data = velocity_data(adata, counts=_counts(model), **layers)
     recipe = in_words(model, guide)
-    return Fit(restore(model, guide, data.cells, _resumed(folder, data, recipe)), data, recipe)
+    training = _resumed(folder, data, recipe)
+    fitted = restore(model, guide, data.cells, training)
+    return Fit(couple(fitted, data.cells, seed=training.settings.seed), data, recipe)
 
 
 def _counts(model: Model) -> bool:

@@ -6,7 +6,7 @@ $q(z \mid u, s) = \mathcal{N}(\mu(u, s), \sigma(u, s))$, $q(\pi \mid z)$ from a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,9 @@ from pyro_velo.batch import Batch
 from pyro_velo.models.base import Guide
 from pyro_velo.nn import Decoder, NormalEncoder
 from pyro_velo.rates import MeanField, RateGuide
+
+WARP = "clock_warp"
+"""The site by which rates and cells hang together in a coupled guide."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class AmortizedProgram(nn.Module):
         """Draw every latent site of the model."""
         # An autoguide opens the genes' plate itself; a second site of that name would be one too many.
         with poutine.block(hide=["genes"]):
-            self.rates(batch)
-        self.cells(batch, self.encode(batch))
+            drawn = self.rates(batch)
+        self.cells(batch, self.given(drawn, self.encode(batch)))
 
     def encode(self, batch: Batch) -> dist.Distribution:
         """q(z | u, s), which is the same in every draw."""
@@ -63,6 +66,15 @@ class AmortizedProgram(nn.Module):
         else:
             loc, scale = (each[batch.index] for each in self.own)
         return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether what is drawn of the genes says something of the cells; see `coupling`."""
+        return hasattr(self.rates, "moved")
+
+    def given(self, drawn: Mapping[str, Tensor], latent: dist.Distribution) -> dist.Distribution:
+        """q(z), once the gene-level sites are drawn."""
+        return self.rates.moved(latent, drawn) if self.coupled else latent
 
     def cells(self, batch: Batch, latent: dist.Distribution) -> None:
         """Draw the cells' sites."""

@@ -18,13 +18,14 @@ import pyro
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Batch, Cells
 from pyro_velo.compiled import compiled
 from pyro_velo.errors import InputError
-from pyro_velo.guides import AmortizedProgram
+from pyro_velo.guides import WARP, AmortizedProgram
 from pyro_velo.models.velocity import RATES, VelocityProgram
 from pyro_velo.states import STATES
 from pyro_velo.train import Fitted
@@ -169,7 +170,9 @@ def draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tenso
         shared = {
             name: site["value"]
             for name, site in trace.nodes.items()
-            if site["type"] == "sample" and {frame.name for frame in site["cond_indep_stack"]} == {"genes"}
+            if site["type"] == "sample"
+            and not site_is_subsample(site)
+            and all(frame.name != "cells" for frame in site["cond_indep_stack"])
         }
         taken.append(shared)
     return taken
@@ -255,7 +258,7 @@ def cells_of(guide: Any, seen: Batch, batch: Batch) -> Callable[[dict[str, Tenso
     if isinstance(guide, AmortizedProgram):
         # Its cells know of the rates only through the model, and its encoder looks at a batch once for all draws.
         program, latent = guide.cells, guide.encode(seen)
-        return lambda shared: {**shared, **_sampled(program, batch, latent)}
+        return lambda shared: {**shared, **_sampled(program, batch, guide.given(shared, latent))}
     return lambda shared: _sampled(poutine.condition(guide, data=shared), seen)
 
 
@@ -318,8 +321,8 @@ class _Summary:
 
 
 def _is_rate(name: str, draw: dict[str, Tensor]) -> bool:
-    """Autoguides keep an unconstrained twin of every site; it is not reported."""
-    return name in RATES or (not name.endswith("_unconstrained") and draw[name].ndim == 1)
+    """Autoguides keep an unconstrained twin of every site; it is not reported, nor is what couples them."""
+    return name in RATES or (name != WARP and not name.endswith("_unconstrained") and draw[name].ndim == 1)
 
 
 def quantiles(draws: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:

@@ -166,7 +166,7 @@ def _times(program: VelocityProgram, x: Tensor, z: Tensor, values: Mapping[str, 
     if isinstance(recipe, Hierarchical):
         features = 2 * share(recipe.features) - 1
         own = T_MAX * torch.special.ndtr(z[:, :1] + features @ values["deviation"].mT)
-        return from_time(own, values["onset"], switch, recipe.blur)._replace(shared=cell_time(z))
+        return from_time(own, values["onset"], switch, recipe.elsewhere)._replace(shared=cell_time(z))
     # That of `Shared` has nothing to learn: it is the prior.
     return program.times(batch.conditioned(z), switch, values)
 

@@ -44,8 +44,9 @@ class Priors:
     `alpha`, `beta`, `gamma` in 1/time (alpha: scaled abundance/time), `switch_time` in [0, 20]; `noise` the sd of
     scaled expression, `dispersion` of negative binomials, `gate` the logit of the share of counts that are lost;
     `concentration` of the states' symmetric Dirichlet (veloVI: 0.25), `latent` of each coordinate of z. `alpha_1` and
-    `ramp` of time-dependent transcription, `deviation` of hierarchical times, `batch_effect` of each experimental
-    batch's log-factor on a gene.
+    `ramp` of time-dependent transcription, `onset` of the time at which a gene comes on by a clock that all share
+    (before 0: it was on already), `deviation` of hierarchical times, `batch_effect` of each experimental batch's
+    log-factor on a gene.
     """
 
     alpha: Prior = field(default_factory=Centered)
@@ -57,7 +58,7 @@ class Priors:
     gate: Prior = field(default_factory=lambda: dist.Normal(-3.0, 1.5))
     alpha_1: Prior = field(default_factory=Centered)
     ramp: Prior = field(default_factory=Centered)
-    onset: Prior = field(default_factory=lambda: dist.Exponential(0.2))
+    onset: Prior = field(default_factory=lambda: dist.Normal(0.0, 5.0))
     deviation: Prior = field(default_factory=lambda: dist.Normal(0.0, 0.3))
     batch_effect: Prior = field(default_factory=lambda: dist.Normal(0.0, 0.5))
     concentration: float = 0.25

@@ -159,6 +159,14 @@ class _Part(NamedTuple):
     event_dim: int
 
 
+class Marginal(NamedTuple):
+    """A Normal on the unconstrained scale, and the way from there to the support: `loc` and `sd` (G, ...)."""
+
+    loc: Tensor
+    sd: Tensor
+    transform: Transform
+
+
 class AutoPerGene(AutoGuide):
     r"""A Normal of each gene's K values on the unconstrained scale, those of sites with an event included.
 
@@ -218,6 +226,13 @@ class AutoPerGene(AutoGuide):
                 log_density = -sum_rightmost(log_jacobian, log_jacobian.dim() - x.dim() + 1)
                 drawn[name] = pyro.sample(name, dist.Delta(value, log_density, event_dim=part.event_dim))
         return drawn
+
+    @torch.no_grad()
+    def marginals(self) -> dict[str, Marginal]:
+        """Each site by itself, on the unconstrained scale."""
+        sd = torch.linalg.vector_norm(unit_lower(self.below, self.loc.shape[-1]) * self.scale.unsqueeze(-2), dim=-1)
+        loc = self.loc
+        return {name: Marginal(_of(loc, part), _of(sd, part), part.transform) for name, part in self._parts.items()}
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -42,7 +42,8 @@ def refine(
     """The same fit with q(z) of each of `cells`, those that were fitted, moved from the encoder's to a better one.
 
     `steps` of Adam on means and log-sds, a batch of cells at a time; nothing else moves, and `fitted` stays as it is.
-    What is then asked of the fit (posterior, evidence, checks) is asked of the refined one.
+    What is then asked of the fit (posterior, evidence, checks) is asked of the refined one. A coupled
+    fit has been refined already (`coupling`) and comes back as it is.
 
     Raises `InputError` for a guide without an encoder, and for no steps.
     """
@@ -50,6 +51,9 @@ def refine(
         raise InputError(
             f"Expected a guide with an encoder to refine; got {type(fitted.guide).__name__}. Leave it out."
         )
+    if fitted.guide.coupled:
+        # Its cells have been placed together with the rates.
+        return fitted
     if steps < 1:
         raise InputError(f"Expected 1 step or more; got {steps}. 50 are enough for most.")
     device = cells.molecules.device

@@ -5,6 +5,7 @@ A recipe builds a network from the latent vector to `Timed`. A new one is a reci
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from pyro_velo.kinetics import T_MAX
 from pyro_velo.nn import Decoder
@@ -107,13 +107,13 @@ class PerGeneProgram(TimesProgram):
 class Shared(Times):
     r"""One time per cell for all genes, $T_n = 20\,\Phi(z_{n1})$: before any cell is seen, uniform on [0, 20].
 
-    Genes come on at an `onset` of their own, and go off `switch_time` later. It identifies direction and time where all
-    cells follow one process, and is wrong where lineages do not run in parallel. `blur`: how many units of time around
-    its switch a gene may be in either state. A gene may be empty at any time: it may belong to another lineage.
+    Genes come on at an `onset` of their own, before 0 where they were on already, and go off `switch_time` later. It
+    identifies direction and time where all cells follow one process, and is wrong where lineages do not run in
+    parallel. `elsewhere`: the share of cells, before any is seen, in whose lineage a gene stays empty.
     """
 
-    blur: float = 0.5
     onset: float = 0.2
+    elsewhere: float = 0.05
     sites = ("onset",)
     shared = True
 
@@ -123,20 +123,35 @@ class Shared(Times):
 
     def build(self, n_in: int, n_genes: int, hidden: Sequence[int]) -> TimesProgram:
         """Nothing to learn but the sites."""
-        return SharedProgram(self.blur)
+        return SharedProgram(self.elsewhere)
 
 
-class SharedProgram(TimesProgram):
-    """The first latent dimension is the time of the cell."""
+class ClockProgram(TimesProgram):
+    """Cells have a clock, the first latent dimension, and genes read it."""
 
-    def __init__(self, blur: float) -> None:
+    def __init__(self, elsewhere: float) -> None:
         super().__init__()
-        self.blur = blur
+        self.elsewhere = elsewhere
+
+    @abstractmethod
+    def own(self, z: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """The times that genes read, (B, G), or (B, 1) where they all read the same."""
+
+    def at(self, own: Tensor, switch: Tensor, values: Mapping[str, Tensor]) -> Timed:
+        """What follows from the times that genes read."""
+        return from_time(own, values["onset"], switch, self.elsewhere)
 
     def forward(self, z: Tensor, switch: Tensor, values: Mapping[str, Tensor]) -> Timed:
-        """The same time for every gene."""
-        shared = cell_time(z)
-        return from_time(shared, values["onset"], switch, self.blur)._replace(shared=shared)
+        """The genes' times, with that of the cell."""
+        return self.at(self.own(z, values), switch, values)._replace(shared=cell_time(z))
+
+
+class SharedProgram(ClockProgram):
+    """Every gene reads the cell's clock as it is."""
+
+    def own(self, z: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """The time of the cell."""
+        return cell_time(z)
 
 
 def cell_time(z: Tensor) -> Tensor:
@@ -153,8 +168,8 @@ class Hierarchical(Times):
     numbers, which are inferred as its rates are. Starts as `Shared`.
     """
 
-    blur: float = 0.5
     onset: float = 0.2
+    elsewhere: float = 0.05
     features: int = 10
     sites = ("onset", "deviation")
     shared = True
@@ -176,26 +191,35 @@ class Hierarchical(Times):
         return HierarchicalProgram(n_in, hidden, self)
 
 
-class HierarchicalProgram(TimesProgram):
-    """z to the time of the cell and to the features by which its genes deviate from it."""
+class HierarchicalProgram(ClockProgram):
+    """z to the features by which genes deviate from the cell's clock."""
 
     def __init__(self, n_in: int, hidden: Sequence[int], recipe: Hierarchical) -> None:
-        super().__init__()
-        self.decoder, self.recipe = Decoder(n_in, recipe.features, hidden), recipe
+        super().__init__(recipe.elsewhere)
+        self.decoder = Decoder(n_in, recipe.features, hidden)
 
-    def forward(self, z: Tensor, switch: Tensor, values: Mapping[str, Tensor]) -> Timed:
+    def own(self, z: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Every gene's own time."""
         deviations = torch.tanh(self.decoder(z)[0]) @ values["deviation"].mT
-        own = T_MAX * torch.special.ndtr(z[:, :1] + deviations)
-        return from_time(own, values["onset"], switch, self.recipe.blur)._replace(shared=cell_time(z))
+        return T_MAX * torch.special.ndtr(z[:, :1] + deviations)
 
 
-def from_time(t: Tensor, onset: Tensor, switch: Tensor, blur: float) -> Timed:
-    """On from `onset` (G,) for a time `switch` (G,), then off, or either near it: t (B, G) or (B, 1)."""
+def from_time(t: Tensor, onset: Tensor, switch: Tensor, elsewhere: float) -> Timed:
+    """On from `onset` (G,) for a time `switch` (G,), then off: t (B, G) or (B, 1).
+
+    The curve has no step at the switch, so that a hard one has its gradient; where both states were possible around it,
+    every such cell would cost up to log 2, and slower rates would save it. A gene that is on approaches its steady
+    state and is not said to be in it, where it would tell no time any more.
+    """
     since = t - onset
-    early, seen = (switch - since) / blur, logsigmoid(since / blur)
-    on, off = logsigmoid(early), logsigmoid(-early)
-    weights = (on, on + seen, off, torch.zeros_like(on))
+    never, at_once = since.new_tensor(-math.inf), since.new_zeros(())
+    on = since <= switch
+    weights = (
+        torch.where(on, at_once, never),
+        never.expand_as(since),
+        torch.where(on, never, at_once),
+        torch.full_like(since, math.log(elsewhere)),
+    )
     return Timed(torch.minimum(since.clamp_min(0), switch), (since - switch).clamp_min(0), weights, own=t)
 
 

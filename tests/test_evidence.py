@@ -247,7 +247,7 @@ class TiedProgram(SharedProgram):
 
 class Tied(Shared):
     def build(self, n_in, n_genes, hidden):
-        return TiedProgram(self.blur)
+        return TiedProgram(self.elsewhere)
 
 
 def test_what_the_model_says_of_itself_is_no_data() -> None:

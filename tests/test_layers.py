@@ -32,7 +32,7 @@ LAYERS: dict[int, set[str]] = {
     1: {"priors", "likelihoods", "states", "initial", "mixture", "times", "transcription"},
     2: {"models", "rates", "guides"},
     3: {
-        *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
+        *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "coupling", "evidence", "nuts"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
         *("transitions", "macrostates", "fates", "directions", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
@@ -55,6 +55,8 @@ SIDEWAYS = {
     ("checkpoint", "schedule"),
     ("checkpoint", "train"),
     ("posterior", "train"),
+    ("coupling", "posterior"),
+    ("coupling", "train"),
     ("refinement", "schedule"),
     ("refinement", "train"),
     ("nuts", "schedule"),

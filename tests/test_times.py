@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_velo.kinetics import T_MAX
+from pyro_velo.kinetics import T_MAX, Rates, induction, repression
 from pyro_velo.times import TIMES, Timed, cell_time, from_time
 
 N, G, D = 200, 6, 3
@@ -79,21 +79,35 @@ def test_a_deviation_is_linear_in_its_loadings_on_the_scale_of_z() -> None:
 
 def test_time_says_which_state_a_gene_is_in() -> None:
     t = torch.linspace(0, T_MAX, 41)[:, None]
-    found = from_time(t, ONSET, SWITCH, blur=0.5)
+    found = from_time(t, ONSET, SWITCH, elsewhere=0.1)
     assert found.log_weights is not None
     on, full_on, off, empty = (weight.exp().expand(41, G) for weight in found.log_weights)
     torch.testing.assert_close(on + off, torch.ones(41, G))
     since = t - ONSET
-    assert (on[since < SWITCH - 3] > 0.99).all() and (off[since > SWITCH + 3] > 0.99).all()
-    assert (empty == 1).all() and (full_on <= on).all() and (full_on[since < -3] < 0.01).all()
+    assert torch.equal(on == 1, since <= SWITCH)
+    torch.testing.assert_close(empty, torch.full((41, G), 0.1))
+    assert (full_on == 0).all(), "a steady state tells no time"
     torch.testing.assert_close(found.on + found.off, since.clamp_min(0))
     assert (found.on[since <= 0] == 0).all() and (found.off[since <= 0] == 0).all()
 
 
-def test_the_switch_and_the_onset_have_a_gradient_from_either_side() -> None:
-    switch, onset = (torch.full((1,), value, requires_grad=True) for value in (5.0, 3.0))
-    for t in (6.0, 10.0):
-        found = from_time(torch.tensor([[t]]), onset, switch, blur=0.5)
+def test_the_curve_has_no_step_at_the_switch_and_a_gradient_in_it() -> None:
+    rates = Rates(
+        *(torch.tensor([value], dtype=torch.float64) for value in (2.0, 0.5, 0.4)), torch.tensor([5.0]).double()
+    )
+    onset = torch.tensor([3.0]).double()
+
+    def at(t: float, switch: Tensor) -> Tensor:
+        found = from_time(torch.tensor([[t]]).double(), onset, switch, elsewhere=0.1)
         assert found.log_weights is not None
-        for gradient in torch.autograd.grad(found.log_weights[0].sum(), (switch, onset)):
-            assert gradient > 0
+        u, s = induction(*rates[:3], found.on)
+        after = repression(*induction(*rates[:3], switch), rates.beta, rates.gamma, found.off)
+        state = torch.stack([weight[0, 0] for weight in found.log_weights]).argmax()
+        return torch.stack((u, s) if state == 0 else after).squeeze()
+
+    switch = rates.switch_time
+    torch.testing.assert_close(at(8 - 1e-9, switch), at(8 + 1e-9, switch))
+    for t in (9.0, 14.0):
+        slope = torch.autograd.functional.jacobian(lambda x, t=t: at(t, x), switch).squeeze()
+        torch.testing.assert_close(slope, (at(t, switch + 1e-6) - at(t, switch - 1e-6)) / 2e-6, rtol=1e-5, atol=1e-7)
+        assert (slope != 0).all()

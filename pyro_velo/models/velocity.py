@@ -231,8 +231,12 @@ class VelocityProgram(nn.Module):
 
     def explain(self, values: Mapping[str, Tensor], batch: Batch) -> Explained:
         """What a draw of every latent site (by name) says of the cells of `batch`, state by state."""
-        rates, z = Rates(*(values[name] for name in RATES)), values["z"].squeeze(-2)
-        timed = self.times(batch.conditioned(z), rates.switch_time, values)
+        timed = self.times(batch.conditioned(values["z"].squeeze(-2)), values["switch_time"], values)
+        return self.explain_at(timed, values, batch)
+
+    def explain_at(self, timed: Timed, values: Mapping[str, Tensor], batch: Batch) -> Explained:
+        """As `explain`, the times given; gene-level values are (G,) or, one for each cell, (B, G)."""
+        rates = Rates(*(values[name] for name in RATES))
         means = self.means(rates, values, timed)
         (u_on, _, u_off, _), (s_on, _, s_off, _) = means
         weights = self.weighted(self.recipe.states.log_weights(values["pi"]), timed)

@@ -1,0 +1,378 @@
+r"""The posterior of the rates and of a clock that all genes read, held together.
+
+Time may be stretched or bent for all cells at once where all rates follow. A guide in which rates and cells are
+independent knows how far each moves while the other stays, which is far less: its intervals are too narrow, and a fit
+is slow to find its way along. Here both move with M bends $\phi$ of the clock,
+
+$$x_g = \mu_g - R_g w + L_g \epsilon_g, \qquad z_{n1} = m_n + \phi(m_n) \cdot w + s_n \epsilon_n, \qquad
+w \sim \mathcal{N}(0, S^{-1})$$
+
+with x the rates of a gene on the unconstrained scale. From the scores $a = \partial \log p / \partial x_g$ and
+$b = \partial \log p / \partial z_{n1}$ of each cell and gene, whose products average to the Fisher information,
+
+$$A_g = \sum_n a a^T + P_g, \quad C_g = \sum_n a b \phi^T, \quad L_g L_g^T = A_g^{-1}, \quad R_g = A_g^{-1} C_g, \quad
+S = \sum_n d_n \phi \phi^T - \sum_g C_g^T A_g^{-1} C_g, \quad d_n = 1 + \sum_g b^2$$
+
+where P is the precision of the prior. The means are moved by Newton steps on the ELBO, its gradient taken at two points
+either side of them.
+
+References: Giordano, Broderick and Jordan 2018 (linear response: covariances from a mean-field optimum); Opper and
+Archambeau 2009 (a Normal's ELBO has the gradient that is expected under it).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_velo.batch import Batch, Cells
+from pyro_velo.guides import WARP, AmortizedProgram
+from pyro_velo.posterior import posterior_of_states
+from pyro_velo.rates import AutoPerGene, Marginal
+from pyro_velo.times import ClockProgram
+from pyro_velo.train import Fitted, split
+
+WARPS, CELLS_A_WARP = 40, 10
+"""Bends of the clock at most, and the cells that each must have."""
+ROUNDS = 8
+CELLS_GENES_AT_ONCE = 128 * 1024
+LARGEST_STEP = 0.3
+"""Of the clock, in a round, in sds of its prior; the steps of rates and cells are bounded in their own sds."""
+
+
+def applies(fitted: Fitted) -> bool:
+    """Whether a fit has a clock that genes share, and rates with a covariance to couple it with."""
+    guide, times = fitted.guide, getattr(fitted.program, "times", None)
+    return (
+        isinstance(guide, AmortizedProgram) and isinstance(guide.rates, AutoPerGene) and isinstance(times, ClockProgram)
+    )
+
+
+def couple(fitted: Fitted, cells: Cells, *, seed: int = 0, progress: bool | None = None) -> Fitted:
+    """The same fit with rates and clock coupled, where `applies`; any other comes back as it is.
+
+    Rates are informed by the training cells alone. `fitted` stays as it is, and so does a fit that Newton's steps do
+    not improve, with a warning. Memory does not grow with the number of cells, but for a few numbers each.
+    """
+    if not applies(fitted):
+        return fitted
+    device = cells.molecules.device
+    noise = torch.random.fork_rng([device] if cells.molecules.is_cuda else [])
+    with fitted.parameters(), noise, pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        search = Search(fitted, cells)
+        before = search.objective()
+        try:
+            for _ in tqdm(range(ROUNDS), desc="coupling", disable=None if progress is None else not progress):
+                search.round()
+            improved = search.objective() > before
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            improved = False
+        if not improved:
+            text = "Rates and clock could not be coupled: the intervals of this fit are too narrow."
+            warnings.warn(text, stacklevel=2)
+            return fitted
+        return replace(fitted, guide=search.guide_found())
+
+
+def bends(z: Tensor, n: int) -> Tensor:
+    r"""Bumps along $\Phi(z)$, (B,) to (B, n), which add up to one: a weighted sum of them is smooth in z."""
+    place = torch.special.ndtr(z)[:, None]
+    centres = torch.linspace(0, 1, n, dtype=z.dtype, device=z.device)
+    bumps = torch.exp(-(((place - centres) * (n - 1)) ** 2) / 2)
+    return bumps / bumps.sum(1, keepdim=True)
+
+
+class Covariance(NamedTuple):
+    """`root` (G, K, K) is L, `response` (G, K, M) R, `warp_root` (M, M) a root of $S^{-1}$."""
+
+    root: Tensor
+    response: Tensor
+    warp_root: Tensor
+
+    @classmethod
+    def of(cls, information: Information) -> Covariance:
+        """That of the normal with this information."""
+        root = _root_of_inverse(information.rates)
+        half = root.mT @ information.cross
+        warps = information.warps - torch.einsum("gkm,gkl->ml", half, half)
+        return cls(root, root @ half, _root_of_inverse((warps + warps.mT) / 2))
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Deviations of the rates from their means, (G, K), and w (M,)."""
+        w = self.warp_root @ torch.randn(len(self.warp_root)).to(self.root)
+        noise = torch.randn(self.root.shape[:2]).to(self.root)
+        return torch.einsum("gij,gj->gi", self.root, noise) - self.response @ w, w
+
+
+def _root_of_inverse(matrix: Tensor) -> Tensor:
+    """The Cholesky root of the inverse of positive definite matrices (..., K, K)."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)))
+
+
+@dataclass
+class Information:
+    """Sums over cells, float64: `rates` (G, K, K) A, `cross` (G, K, M) C, `warps` (M, M), and the gradients.
+
+    `gradient` (G, K) of the rates, `gradient_warps` (M,); `log_joint` is the log-density that they are of.
+    """
+
+    rates: Tensor
+    cross: Tensor
+    warps: Tensor
+    gradient: Tensor
+    gradient_warps: Tensor
+    log_joint: float
+
+    def __add__(self, other: Information) -> Information:
+        return Information(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def __mul__(self, factor: float) -> Information:
+        return Information(*(getattr(self, name) * factor for name in self.__dataclass_fields__))
+
+
+class Genes:
+    """The gene-level sites of a program: those of one number a gene are coupled, others stay as the guide has them."""
+
+    def __init__(self, program: Any, marginals: Mapping[str, Marginal]) -> None:
+        self.coupled = {name: each for name, each in marginals.items() if each.loc.ndim == 1}
+        self.others = {name: each for name, each in marginals.items() if each.loc.ndim > 1}
+        with pyro.plate("genes", program.n_genes, dim=-1):
+            trace = poutine.trace(program.sample_genes).get_trace()
+        self.priors = {name: trace.nodes[name]["fn"] for name in self.coupled}
+
+    def start(self) -> Tensor:
+        """(G, K) float64, where the guide has them."""
+        return torch.stack([each.loc for each in self.coupled.values()], -1).double()
+
+    def values(self, x: Tensor) -> dict[str, Tensor]:
+        """Each site's values at x (..., G, K), the others at their medians."""
+        found = {name: each.transform(x[..., k]) for k, (name, each) in enumerate(self.coupled.items())}
+        return found | {name: each.transform(each.loc) for name, each in self.others.items()}
+
+    def prior(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The log-density at x (G, K), its gradient, and its negative Hessian (G, K, K), made positive semidefinite."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            log_density = self._log_density(x)
+            (gradient,) = torch.autograd.grad(log_density, x, create_graph=True)
+            rows = [
+                torch.autograd.grad(gradient[:, k].sum(), x, retain_graph=True, allow_unused=True)[0]
+                if gradient.requires_grad
+                else None
+                for k in range(x.shape[1])
+            ]
+        hessian = torch.stack([torch.zeros_like(x) if row is None else -row for row in rows], 1).double()
+        values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+        precision = vectors * values.clamp_min(0).unsqueeze(-2) @ vectors.mT
+        return log_density.detach().double(), gradient.detach().double(), precision
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        values, total = self.values(x), x.new_zeros(())
+        for k, (name, each) in enumerate(self.coupled.items()):
+            total = total + self.priors[name].log_prob(values[name]).sum()
+            total = total + each.transform.log_abs_det_jacobian(x[..., k], values[name]).sum()
+        return total
+
+
+class CoupledRates:
+    """Draws the gene-level sites, and w with them; called with a batch, as an autoguide is."""
+
+    def __init__(self, genes: Genes, loc: Tensor, covariance: Covariance, dtype: torch.dtype) -> None:
+        self.genes = genes
+        self.loc = loc.to(dtype)
+        self.covariance = Covariance(*(each.to(dtype) for each in covariance))
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Each site's draw, by name."""
+        root, response, warp_root = self.covariance
+        # No site of the model: it only says how the others hang together, and has no density of its own.
+        unit = dist.Normal(self.loc.new_zeros(len(warp_root)), 1.0).to_event(1).mask(False)
+        drawn = {WARP: pyro.sample(WARP, unit, infer={"is_auxiliary": True})}
+        loc = self.loc - response @ (warp_root @ drawn[WARP])
+        with pyro.plate("genes", len(loc), dim=-1):
+            x = pyro.sample(
+                "genes_unconstrained", dist.MultivariateNormal(loc, scale_tril=root), infer={"is_auxiliary": True}
+            )
+            for k, (name, each) in enumerate(self.genes.coupled.items()):
+                value = each.transform(x[..., k])
+                log_density = -each.transform.log_abs_det_jacobian(x[..., k], value)
+                drawn[name] = pyro.sample(name, dist.Delta(value, log_density))
+            for name, each in self.genes.others.items():
+                normal = dist.TransformedDistribution(dist.Normal(each.loc, each.sd), [each.transform])
+                drawn[name] = pyro.sample(name, normal.to_event(1))
+        return drawn
+
+    def moved(self, latent: dist.Distribution, drawn: Mapping[str, Tensor]) -> dist.Distribution:
+        """q(z) of a batch's cells, moved with the bends that were drawn."""
+        loc, scale, root = latent.base_dist.loc, latent.base_dist.scale, self.covariance.warp_root
+        shift = bends(loc[:, 0, 0], len(root)) @ (root @ drawn[WARP])
+        return dist.Normal(torch.cat((loc[..., :1] + shift[:, None, None], loc[..., 1:]), -1), scale).to_event(1)
+
+
+class Search:
+    """Newton's steps from a fit to the optimum of the ELBO, and the covariance there."""
+
+    def __init__(self, fitted: Fitted, cells: Cells) -> None:
+        self.fitted, self.cells, self.program = fitted, cells, fitted.program
+        settings, device = fitted.training.settings, cells.molecules.device
+        train_index, _ = split(len(cells), settings.held_out, settings.seed)
+        self.trained = torch.zeros(len(cells), dtype=torch.float64, device=device)
+        self.trained[train_index.to(device)] = 1.0
+        self.n_warps = max(2, min(WARPS, len(train_index) // CELLS_A_WARP))
+        self.genes = Genes(self.program, fitted.guide.rates.marginals())
+        self.x = self.genes.start()
+        with torch.no_grad():
+            parts = [fitted.guide.encode(batch).base_dist for batch in self._batches()]
+            self.z = torch.cat([part.loc[:, 0] for part in parts])
+            self.scale = torch.cat([part.scale[:, 0] for part in parts])
+        self.clock, self.clock_sd = self.z[:, 0].double(), self.scale[:, 0].double()
+        self.covariance: Covariance | None = None
+
+    def round(self) -> None:
+        """One step of the cells while the rates stay, one of the rates with the clock."""
+        rates, clock = torch.zeros_like(self.x), torch.zeros_like(self.clock)
+        self._move_cells(*self._either_side(rates, clock)[1:])
+        self.covariance = Covariance.of(self._around()[0]) if self.covariance is None else self.covariance
+        information = self._around()[0]
+        self.covariance = Covariance.of(information)
+        self._move_together(information, self.covariance)
+
+    def objective(self) -> float:
+        """The log-joint that is expected under q, with the entropy of what is each cell's own."""
+        torch.manual_seed(0)
+        still = torch.zeros_like(self.x), torch.zeros_like(self.clock)
+        return self._either_side(*still)[0].log_joint + float((self.trained * self.clock_sd.log()).sum())
+
+    def guide_found(self) -> AmortizedProgram:
+        """The guide of the fit, with coupled rates and each cell's own place."""
+        assert self.covariance is not None
+        guide, z, scale = copy(self.fitted.guide), self.z.clone(), self.scale.clone()
+        z[:, 0], scale[:, 0] = self.clock.to(z), self.clock_sd.to(z)
+        rates = CoupledRates(self.genes, self.x, self.covariance, z.dtype)
+        # A module keeps its parts in a dictionary that a copy shares with it.
+        guide._modules = {name: part for name, part in guide._modules.items() if name != "rates"}
+        guide.rates, guide.own = rates, (z, scale)
+        return guide
+
+    def _around(self) -> tuple[Information, Tensor, Tensor]:
+        """At a draw of all that is uncertain, and at its mirror image."""
+        if self.covariance is None:
+            return self._either_side(torch.zeros_like(self.x), torch.zeros_like(self.clock))
+        rates, w = self.covariance.draw()
+        return self._either_side(rates, bends(self.clock, self.n_warps) @ w)
+
+    def _either_side(self, rates: Tensor, clock: Tensor) -> tuple[Information, Tensor, Tensor]:
+        """Means over two mirrored points: the information; each cell's gradient and negative second derivative, (N,).
+
+        The points lie off the means by `rates` (G, K) and `clock` (N,), and each cell by its sd to a random side.
+        """
+        side = torch.randn_like(self.clock).sign()
+        sites = [self._at(self.x + s * rates, self.clock + s * (clock + side * self.clock_sd)) for s in (1, -1)]
+        (one, slope), (other, opposite) = sites
+        return (one + other) * 0.5, (slope + opposite) / 2, (opposite - slope) * side / (2 * self.clock_sd)
+
+    def _at(self, x: Tensor, clock: Tensor) -> tuple[Information, Tensor]:
+        """The information at a point, and the gradient of each cell's clock (N,)."""
+        log_prior, gradient, precision = self.genes.prior(x.to(self.z))
+        n_genes, k = x.shape
+        warps = torch.zeros(self.n_warps, self.n_warps).to(x)
+        total = Information(
+            precision, torch.zeros(n_genes, k, self.n_warps).to(x), warps, gradient, warps[0].clone(), float(log_prior)
+        )
+        slopes = []
+        for batch in self._batches():
+            found, slope = self._batch(x, clock[batch.index], batch)
+            total = total + found
+            slopes.append(slope)
+        return total, torch.cat(slopes)
+
+    def _batch(self, x: Tensor, clock: Tensor, batch: Batch) -> tuple[Information, Tensor]:
+        """The same of some cells."""
+        z = self._placed(clock, batch)
+        log_p, a, b = scores(self.program, self.fitted.guide, self.genes, x.to(z), z, batch)
+        with torch.enable_grad():
+            first = z[:, 0].clone().requires_grad_()
+            log_latent = self.program.recipe.priors.latent.log_prob(first)
+            (pull,) = torch.autograd.grad(log_latent.sum(), first)
+        variance = float(self.program.recipe.priors.latent.variance)
+        weight, phi = self.trained[batch.index], bends(self.clock[batch.index], self.n_warps)
+        slope = b.sum(1, dtype=torch.float64) + pull.double()
+        depth = (b**2).sum(1, dtype=torch.float64) + 1 / variance
+        a = (a * weight.to(a)[:, None, None]).permute(1, 2, 0)
+        information = Information(
+            (a @ a.mT).double(),
+            ((a * b.T[:, None]) @ phi.to(b)).double(),
+            (phi * (weight * depth)[:, None]).T @ phi,
+            a.sum(-1, dtype=torch.float64),
+            phi.T @ (weight * slope),
+            float((weight * (log_p + log_latent.detach().double())).sum()),
+        )
+        return information, slope
+
+    def _placed(self, clock: Tensor, batch: Batch) -> Tensor:
+        """The latent vectors (B, d) of cells, their clocks given."""
+        return torch.cat((clock.to(self.z)[:, None], self.z[batch.index, 1:]), 1)
+
+    def _batches(self) -> Iterator[Batch]:
+        size = max(1, CELLS_GENES_AT_ONCE // self.cells.n_genes)
+        return self.cells.batches(torch.arange(len(self.cells), device=self.cells.molecules.device), size)
+
+    def _move_cells(self, slope: Tensor, curvature: Tensor) -> None:
+        """Each clock by a step of its own, of one sd at most; its precision half of the way, twofold at most."""
+        precision = self.clock_sd**-2
+        precision = precision + 0.5 * (curvature.clamp_min(0.5) - precision).clamp(-precision / 2, precision)
+        self.clock_sd = precision.rsqrt()
+        self.clock = self.clock + (0.7 * slope / precision).clamp(-self.clock_sd, self.clock_sd)
+
+    def _move_together(self, found: Information, covariance: Covariance) -> None:
+        """Newton's step of rates and bends, shorter where it would move a clock by more than `LARGEST_STEP`."""
+        root, response, warp_root = covariance
+        gradient = found.gradient_warps - torch.einsum("gkm,gk->m", response, found.gradient)
+        w = warp_root @ (warp_root.mT @ gradient)
+        shift = bends(self.clock, self.n_warps) @ w
+        alone = root @ (root.mT @ found.gradient[..., None])
+        share = min(0.7, LARGEST_STEP / max(float(shift.abs().max()), 1e-12))
+        self.x = self.x + share * (alone[..., 0] - response @ w)
+        self.clock = self.clock + share * shift
+
+
+def scores(
+    program: Any, guide: AmortizedProgram, genes: Genes, x: Tensor, z: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each cell log p(u, s), (B,); of each cell and gene its gradient in x, (B, G, K), and in the clock, (B, G).
+
+    x (G, K), z (B, d). The states' weights are those of the guide at z, which stay.
+    """
+    drawn = poutine.trace(guide.cells).get_trace(batch, dist.Delta(z[:, None], event_dim=1)).nodes["pi"]["value"]
+    with torch.enable_grad():
+        each = x.expand(len(z), *x.shape).clone().requires_grad_()
+        values = genes.values(each)
+        fixed = {name: value.detach() for name, value in values.items()}
+        first = z[:, :1].clone().requires_grad_()
+        own = program.times.own(batch.conditioned(torch.cat((first, z[:, 1:]), 1)), fixed)
+        slope = _elementwise(own, first)
+        time = own.detach().expand(each.shape[:2]).clone().requires_grad_()
+        timed = program.times.at(time, values["switch_time"], values)
+        log_joint = program.explain_at(timed, values | {"pi": drawn.detach()}, batch).log_joint
+        log_p = posterior_of_states(log_joint)[1]
+        in_x, in_time = torch.autograd.grad(log_p.sum(), (each, time))
+    return log_p.detach().sum(1, dtype=torch.float64), in_x, in_time * slope
+
+
+def _elementwise(values: Tensor, of: Tensor) -> Tensor:
+    """The derivative of each value (B, n) in the one number (B, 1) that its row hangs on."""
+    # The gradient of a gradient along v, in v.
+    v = torch.ones_like(values, requires_grad=True)
+    (along,) = torch.autograd.grad(values, of, v, create_graph=True)
+    return torch.autograd.grad(along.sum(), v)[0]

@@ -1,0 +1,193 @@
+"""Rates and clock held together: the joint Normal is the one its blocks say, and intervals come to cover the truth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small import MODEL, settings, small_adata, small_cells
+from torch import Tensor
+
+import pyro_velo as pv
+from pyro_velo.coupling import CoupledRates, Covariance, Genes, Information, Search, applies, bends, couple, scores
+from pyro_velo.evidence import evidence
+from pyro_velo.fitting import Fit
+from pyro_velo.guides import WARP, Amortized
+from pyro_velo.posterior import draw_rates
+from pyro_velo.rates import MeanField, PerGene
+from pyro_velo.times import TIMES
+from pyro_velo.train import Fitted, train
+
+GUIDE = Amortized(rates=PerGene(), hidden=(8,), hidden_states=(8,))
+SHARED = replace(MODEL, times=TIMES["shared"](), likelihood=pv.likelihoods.Tobit())
+G, K, M = 3, 2, 4
+
+
+@pytest.fixture(scope="module")
+def alone() -> Fitted:
+    """A fit of a shared clock, whose rates and cells are independent of each other."""
+    return train(SHARED, GUIDE, small_cells(), settings=settings(), progress=False)
+
+
+@pytest.fixture(scope="module")
+def uncoupled() -> Fit:
+    data = pv.velocity_data(small_adata(150, 20), as_is=True)
+    return Fit(train(SHARED, GUIDE, data.cells, settings=pv.TrainSettings(max_steps=500), progress=False), data, "")
+
+
+@pytest.fixture(scope="module")
+def fit(uncoupled: Fit) -> Fit:
+    return replace(uncoupled, fitted=couple(uncoupled.fitted, uncoupled.data.cells, progress=False))
+
+
+def arrow(seed: int = 0) -> tuple[Information, Tensor]:
+    """Information of G genes' K values and M warps, from scores as cells give them; and the whole matrix of it."""
+    torch.manual_seed(seed)
+    a, b = torch.randn(60, G, K, dtype=torch.float64), torch.randn(60, G, dtype=torch.float64)
+    phi = bends(torch.randn(60, dtype=torch.float64), M)
+    rows = torch.zeros(60, G, G * K + M, dtype=torch.float64)
+    for g in range(G):
+        rows[:, g, g * K : (g + 1) * K] = a[:, g]
+    rows[..., G * K :] = b[..., None] * phi[:, None]
+    rows = rows.flatten(0, 1)
+    zero = torch.zeros(())
+    information = Information(
+        torch.einsum("ngi,ngj->gij", a, a), torch.einsum("ngi,ng,nm->gim", a, b, phi),
+        torch.einsum("ng,nm,nl->ml", b**2, phi, phi), zero, zero, 0.0,
+    )  # fmt: skip
+    return information, rows.T @ rows
+
+
+def test_the_covariance_is_the_inverse_of_the_whole_matrix() -> None:
+    information, whole = arrow()
+    root, response, warp_root = Covariance.of(information)
+    inverse = torch.linalg.inv(whole)
+    warps = warp_root @ warp_root.mT
+    torch.testing.assert_close(warps, inverse[G * K :, G * K :])
+    for g in range(G):
+        own = slice(g * K, (g + 1) * K)
+        torch.testing.assert_close(root[g] @ root[g].mT + response[g] @ warps @ response[g].mT, inverse[own, own])
+        torch.testing.assert_close(-response[g] @ warps, inverse[own, G * K :])
+        other = slice((g + 1) % G * K, (g + 1) % G * K + K)
+        torch.testing.assert_close(response[g] @ warps @ response[(g + 1) % G].mT, inverse[own, other])
+
+
+def test_draws_have_that_covariance() -> None:
+    covariance = Covariance.of(arrow()[0])
+    torch.manual_seed(0)
+    drawn = [covariance.draw() for _ in range(20_000)]
+    x, w = (torch.stack(each) for each in zip(*drawn, strict=True))
+    inverse = torch.linalg.inv(arrow()[1])
+    sd = inverse.diagonal().sqrt()
+    correlation = torch.corrcoef(torch.cat((x.flatten(1), w), 1).T)
+    torch.testing.assert_close(correlation, inverse / sd / sd[:, None], atol=0.04, rtol=0)
+
+
+def test_bends_add_up_to_one_and_are_smooth() -> None:
+    z = torch.linspace(-3, 3, 201, dtype=torch.float64)
+    found = bends(z, 9)
+    torch.testing.assert_close(found.sum(1), torch.ones(201, dtype=torch.float64))
+    assert (found >= 0).all() and torch.linalg.matrix_rank(found) == 9
+    assert found.diff(dim=0).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("times", ["shared", "hierarchical"])
+def test_scores_are_the_gradients_of_the_log_likelihood(double: None, times: str) -> None:
+    model = replace(SHARED, times=TIMES[times](), priors=pv.Priors())
+    cells = small_cells()
+    cells = replace(cells, molecules=cells.molecules.double())
+    fitted = train(model, GUIDE, cells, settings=settings(max_epochs=1), progress=False)
+    with fitted.parameters():
+        batch = cells.batch(torch.arange(7))
+        genes = Genes(fitted.program, fitted.guide.rates.marginals())
+        torch.manual_seed(0)
+        x, z = genes.start() + 0.1 * torch.randn(5, len(genes.coupled)), torch.randn(7, 2)
+        log_p, in_x, in_clock = scores(fitted.program, fitted.guide, genes, x, z, batch)
+        torch.testing.assert_close(scores(fitted.program, fitted.guide, genes, x, z, batch)[0], log_p)
+
+        def moved(k: int, h: float) -> Tensor:
+            at = x.clone()
+            at[:, k] += h
+            return scores(fitted.program, fitted.guide, genes, at, z, batch)[0]
+
+        for k in range(x.shape[1]):
+            slope = (moved(k, 1e-5) - moved(k, -1e-5)) / 2e-5
+            torch.testing.assert_close(in_x[..., k].sum(1), slope, rtol=1e-4, atol=1e-4)
+        # The weights of the states stay where z put them, so the clock is moved by what genes read of it alone.
+        own = fitted.program.times.own(z, genes.values(x))
+        step = 1e-6 * torch.tensor([1.0, 0.0])
+        slope = (fitted.program.times.own(z + step, genes.values(x)) - own) / 1e-6
+        assert in_clock.shape == (7, 5) and (in_clock != 0).any()
+        assert (slope > 0).all() and torch.equal(in_clock == 0, (in_clock / slope.expand(7, 5)) == 0)
+
+
+def test_the_prior_is_the_models(double: None, alone: Fitted) -> None:
+    with alone.parameters():
+        genes = Genes(alone.program, alone.guide.rates.marginals())
+        x = genes.start()
+        _, gradient, precision = genes.prior(x)
+        for k in range(x.shape[1]):
+            step = torch.zeros_like(x)
+            step[:, k] = 1e-4
+            (up, *_), (down, *_) = genes.prior(x + step), genes.prior(x - step)
+            assert float((up - down) / 2e-4) == pytest.approx(float(gradient[:, k].sum()), rel=1e-3, abs=1e-3)
+    # A log-normal is a Normal here, of the sd of its logarithm.
+    first = list(genes.coupled).index("alpha")
+    torch.testing.assert_close(precision[:, first, first], torch.ones(5), rtol=1e-3, atol=1e-3)
+
+
+def test_other_fits_come_back_as_they_are(alone: Fitted) -> None:
+    cells = small_cells()
+    for model, guide in ((MODEL, GUIDE), (SHARED, replace(GUIDE, rates=MeanField()))):
+        fitted = train(model, guide, cells, settings=settings(max_epochs=1), progress=False)
+        assert not applies(fitted) and couple(fitted, cells) is fitted
+    assert applies(alone) and not alone.guide.coupled
+
+
+def test_steps_that_lead_nowhere_are_not_taken(alone: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Search, "_move_together", lambda self, *_: setattr(self, "clock", self.clock + 3))
+    with pytest.warns(UserWarning, match="could not be coupled"):
+        assert couple(alone, small_cells(), progress=False) is alone
+
+
+def test_a_fit_is_coupled_and_its_bound_is_higher(uncoupled: Fit, fit: Fit) -> None:
+    assert fit.fitted.guide.coupled and isinstance(fit.fitted.guide.rates, CoupledRates)
+    cells = fit.data.cells
+    bounds = [evidence(each.fitted, cells, particles=20, draws=20).elbo.mean() for each in (uncoupled, fit)]
+    assert bounds[1] > bounds[0] + 0.5
+    again = couple(uncoupled.fitted, cells, progress=False)
+    assert not uncoupled.fitted.guide.coupled, "what was fitted stays as it is"
+    for one, other in zip(again.guide.own, fit.fitted.guide.own, strict=True):
+        assert torch.equal(one, other), "the same bits"
+
+
+def test_a_draw_moves_rates_and_clock_against_each_other(fit: Fit) -> None:
+    with fit.fitted.parameters():
+        torch.manual_seed(0)
+        drawn = draw_rates(fit.fitted, fit.data.cells, 300)
+        batch = fit.data.cells.batch(torch.arange(len(fit.data.cells)))
+        latent = fit.fitted.guide.encode(batch)
+        clocks = torch.stack([fit.fitted.guide.given(each, latent).mean[:, 0, 0] for each in drawn])
+    speed = torch.stack([each["beta"].log().mean() for each in drawn])
+    span = clocks.quantile(0.9, dim=1) - clocks.quantile(0.1, dim=1)
+    assert torch.corrcoef(torch.stack((speed, span)))[0, 1] < -0.3, "faster kinetics take less time"
+    assert torch.equal(fit.fitted.guide.given({WARP: 0 * drawn[0][WARP]}, latent).mean, latent.mean)
+    assert set(fit.posterior(draws=3).rates) >= {"alpha", "beta", "onset"} and WARP not in fit.posterior(draws=3).rates
+    assert fit.refined() == fit
+
+
+def test_intervals_come_to_cover_the_truth(uncoupled: Fit, fit: Fit) -> None:
+    adata = small_adata(150, 20)
+    found = [pv.coverage_of(each, adata, progress=False).records[0].tallies["velocity"] for each in (uncoupled, fit)]
+    before, after = (each.coverage[0.9] for each in found)
+    assert after > before + 0.1 and 0.75 < after < 0.99
+
+
+def test_a_saved_fit_is_coupled_as_it_was(tmp_path) -> None:
+    adata = small_adata()
+    data = pv.velocity_data(adata, as_is=True)
+    fit = pv.fit(SHARED, GUIDE, adata, settings=settings(), data=data, save=tmp_path, progress=False)
+    again = pv.load(tmp_path, SHARED, GUIDE, adata, as_is=True)
+    np.testing.assert_array_equal(again.posterior(draws=4).velocity, fit.posterior(draws=4).velocity)
