@@ -46,16 +46,33 @@ class JointMixture(TorchDistribution):
 
     def log_joint(self, value: Tensor) -> Tensor:
         """The terms log w_k + log p(u | k) + log p(s | k) of each state: (K, ..., G)."""
-        # Dimensions of the value before the mixture's own would line up with the states, which stand there.
-        before = value.ndim - self.log_weights.ndim
-        u, s = value.unsqueeze(before).unbind(-1)
-        return (self.log_weights + self.unspliced.log_prob(u) + self.spliced.log_prob(s)).movedim(before, 0)
+        return self._terms(value)[1]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The mixture's log density, (..., G)."""
-        log_joint = self.log_joint(value)
-        log_prob = log_joint.amax(0) if self.hard else log_joint.logsumexp(0)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        return self._over_states(self.log_joint(value))
+
+    def log_chain(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        r"""log p(u) and log p(s | u), (..., G) each, which add up to `log_prob`.
+
+        $p(u) = \sum_k w_k\,p(u \mid k)$ is what is left of the mixture once s is summed out, so both are densities of
+        their own; the states that u leaves open are told by s.
+        """
+        log_u, log_both = (self._over_states(each) for each in self._terms(value))
+        return log_u, log_both - log_u
+
+    def _terms(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Log w_k + log p(u | k), and with log p(s | k) too: (K, ..., G) each."""
+        # Dimensions of the value before the mixture's own would line up with the states, which stand there.
+        before = value.ndim - self.log_weights.ndim
+        u, s = value.unsqueeze(before).unbind(-1)
+        of_u = self.log_weights + self.unspliced.log_prob(u)
+        return of_u.movedim(before, 0), (of_u + self.spliced.log_prob(s)).movedim(before, 0)
+
+    def _over_states(self, terms: Tensor) -> Tensor:
+        """Their sum, or the largest, of (K, ..., G): (..., G)."""
+        found = terms.amax(0) if self.hard else terms.logsumexp(0)
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A state for each cell and gene, then both molecules in that state."""
