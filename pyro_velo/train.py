@@ -150,7 +150,7 @@ def train(
     Raises `NonFiniteError`, naming step, site and gene, where the loss or a gradient is not finite.
     """
     settings = settings or (resume.settings if resume else TrainSettings())
-    with _apart(cells, settings.seed) as store:
+    with apart(cells, settings.seed) as store:
         program = model.build(cells)
         loop = _Loop(program, guide(program), cells, settings, elbo or Trace_ELBO(), resume)
         interrupted = loop.run(on_evaluation, progress)
@@ -162,7 +162,7 @@ def restore(model: Model, guide: Guide, cells: Cells, training: Training) -> Fit
 
     Raises `InputError` for the state of another model, guide or number of genes.
     """
-    with _apart(cells, training.settings.seed) as store:
+    with apart(cells, training.settings.seed) as store:
         program = model.build(cells)
         loop = _Loop(program, guide(program), cells, training.settings, Trace_ELBO(), training)
         load_parameters(training.best)
@@ -170,7 +170,7 @@ def restore(model: Model, guide: Guide, cells: Cells, training: Training) -> Fit
 
 
 @contextmanager
-def _apart(cells: Cells, seed: int) -> Iterator[dict]:
+def apart(cells: Cells, seed: int) -> Iterator[dict]:
     """A param store, random numbers from `seed` and no validation, until it ends; yields the store's state."""
     store_apart, unchecked = pyro.get_param_store().scope(), pyro.validation_enabled(False)
     with store_apart as store, _own_noise(cells, seed), unchecked, warnings.catch_warnings():

@@ -127,10 +127,10 @@ def terms_of(guide: Trace, program: Trace) -> Terms:
     Both must have been scaled per cell (`train.per_cell`); handlers that were in force count, but for masks on
     penalties. Gradients flow through the parts where they were traced.
     """
-    latent = {name: site for name, site in _sites(program) if not site["is_observed"]}
+    latent = {name: site for name, site in sites_of(program) if not site["is_observed"]}
     drawn = _drawn(guide, latent)
     found: list[Term] = []
-    for name, site in _sites(program):
+    for name, site in sites_of(program):
         if "penalty" in site["infer"]:
             found.append(_term(name, "penalty", (name,), site, -_density({**site, "mask": None})))
         elif site["infer"].get("kl"):
@@ -183,7 +183,7 @@ def _same_name_merged(terms: Sequence[Term]) -> list[Term]:
 # One site
 
 
-def _sites(trace: Trace) -> Iterator[tuple[str, Site]]:
+def sites_of(trace: Trace) -> Iterator[tuple[str, Site]]:
     """Every sample site, but not the plates' own."""
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and not site_is_subsample(site):
@@ -266,7 +266,7 @@ def together(guide: Trace, latent: Any) -> dict[str, list[str]]:
     """The guide's own variables, each with the latent sites that are computed from it, which follow it as points."""
     found: dict[str, list[str]] = {}
     own = None
-    for name, site in _sites(guide):
+    for name, site in sites_of(guide):
         if name not in latent:
             own = found.setdefault(name, [])
             of_cells = CELLS in {frame.name for frame in site["cond_indep_stack"]}
