@@ -12,9 +12,9 @@ class History:
     """The ELBO per cell by epoch: `train`, the mean of its steps, and `held_out`, NaN where it was not evaluated.
 
     `held_out` is at KL weight 1 without penalties; `train` is the objective that was climbed, at the weight
-    `kl_weight`. `terms` has the summands of the ELBO at weight 1 by name, of the `held_out` cells and of as many `train`
-    cells (the same at every look): `kl_...` are taken off the others, `..._penalty` are no part of it. It is empty where
-    the ELBO that was climbed is not `Trace_ELBO` with one particle, whose summands these are.
+    `kl_weight`. `terms` has the summands of the ELBO at weight 1 by name, of the `held_out` cells and of as many
+    `train` cells (the same at every look): `kl_...` are taken off the others, `..._penalty` are no part of it. It is
+    empty where the ELBO that was climbed is not `Trace_ELBO` with one particle, whose summands these are.
     """
 
     epoch: list[int] = field(default_factory=list)

@@ -53,7 +53,7 @@ class JointMixture(TorchDistribution):
         return self._over_states(self.log_joint(value))
 
     def log_chain(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        r"""log p(u) and log p(s | u), (..., G) each, which add up to `log_prob`.
+        r"""Log p(u) and log p(s | u), (..., G) each, which add up to `log_prob`.
 
         $p(u) = \sum_k w_k\,p(u \mid k)$ is what is left of the mixture once s is summed out, so both are densities of
         their own; the states that u leaves open are told by s.

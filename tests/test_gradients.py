@@ -41,7 +41,9 @@ RATES = ("rates", "switch_times")
 def toy(rates: RateGuide | None = None, **parts) -> tuple[Fitted, Cells]:
     """The seed's three genes in four cells, with networks and rates somewhere off where they start."""
     cells = seed_cells()
-    model = pv.VelocityModel(**({"n_latent": 2, "hidden": (5,), "initial": pv.initial.SteadyState(top=SEED_TOP)} | parts))
+    model = pv.VelocityModel(
+        **({"n_latent": 2, "hidden": (5,), "initial": pv.initial.SteadyState(top=SEED_TOP)} | parts)
+    )
     guide = pv.guides.Amortized(rates=rates or pv.rates.MeanField(), hidden=(5,), hidden_states=(5,))
     with pyro.get_param_store().scope() as store, torch.random.fork_rng():
         torch.manual_seed(2)

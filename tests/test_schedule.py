@@ -194,7 +194,9 @@ KL = (LOC**2 + SCALE**2 - 1) / 2 - SCALE.log()
 def test_free_bits_are_the_formula(nats, beta):
     model, guide, *_ = two_cells()
     expected = -reconstruction(model, guide) + beta * 10 * KL.mean(0).clamp_min(nats).sum()
-    assert number(loss_of(model, guide, Warmup(0, beta=beta, free_bits=nats))) == pytest.approx(number(expected), rel=1e-5)
+    assert number(loss_of(model, guide, Warmup(0, beta=beta, free_bits=nats))) == pytest.approx(
+        number(expected), rel=1e-5
+    )
 
 
 def test_a_dimension_below_its_free_bits_has_no_gradient_of_its_kl():

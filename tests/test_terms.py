@@ -32,7 +32,6 @@ from pyro_velo.evidence import conditions
 from pyro_velo.likelihoods import LIKELIHOODS
 from pyro_velo.mixture import JointMixture
 from pyro_velo.rates import RATE_GUIDES, Auto, RateGuide, unit_lower
-from pyro_velo.schedule import WithoutPenalties
 from pyro_velo.states import STATE_FAMILIES
 from pyro_velo.times import TIMES
 from pyro_velo.train import Fitted, Training, TrainSettings, load_parameters, per_cell, split
@@ -65,7 +64,9 @@ def in_double(cells: Cells) -> Cells:
     counts = cells.counts
     if counts is not None:
         counts = replace(counts, **{name: value.double() for name, value in vars(counts).items()})
-    return replace(cells, molecules=cells.molecules.double(), ratio=torch.as_tensor(cells.ratio).double(), counts=counts)
+    return replace(
+        cells, molecules=cells.molecules.double(), ratio=torch.as_tensor(cells.ratio).double(), counts=counts
+    )
 
 
 def counted() -> Cells:
@@ -333,7 +334,9 @@ def test_the_training_cells_are_as_many_and_have_the_same_noise() -> None:
     for name, index in (("train", train_index[: len(held)]), ("held_out", held)):
         found = decompose(again, cells, index=index, seed=plan.seed).grouped()
         for term in found.terms:
-            assert float(term.value) == pytest.approx(kept[-1].history.terms[name][term.name][-1], rel=1e-5, abs=1e-6), term.name
+            assert float(term.value) == pytest.approx(
+                kept[-1].history.terms[name][term.name][-1], rel=1e-5, abs=1e-6
+            ), term.name
 
 
 def test_to_keep_them_changes_no_bit_of_the_fit() -> None:
@@ -408,4 +411,3 @@ def test_any_program_is_taken_apart() -> None:
     assert terms.names == ("kl_w", "kl_z", "x") and float(terms.total) == pytest.approx(-loss)
     assert terms.of("kl_z").by(DIMENSIONS) is None and terms.of("kl_w").by(GENES) is None
     assert_close(terms.of("x").by(CELLS).mean(), terms.of("x").value)
-

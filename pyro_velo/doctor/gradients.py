@@ -210,9 +210,7 @@ class _Tally:
         sums = [[_squared_norm(of, parts) for parts in self.groups.values()] for of in self.sums.values()]
         mean = np.array(sums) / draws**2
         noise = np.maximum(squares - draws * mean, 0) / (draws - 1)
-        return GradientFlow(
-            tuple(self.sums), tuple(self.groups), np.sqrt(mean), np.sqrt(noise), squares > 0, draws
-        )
+        return GradientFlow(tuple(self.sums), tuple(self.groups), np.sqrt(mean), np.sqrt(noise), squares > 0, draws)
 
 
 def _squared_norm(gradients: Mapping[str, Tensor], parts: tuple[Part, ...]) -> float:

@@ -24,16 +24,20 @@ Array = NDArray[np.float64]
 
 SMOOTHING = 0.9
 """What a loss keeps of the ones before it: the memory of ten steps, in which the rate does not double."""
-BELOW_THE_LOWEST = 10.0
-"""The suggested rate is so many times below the one of the lowest loss, where it is about to diverge."""
+ENOUGH = 0.05
+"""The loss no longer falls once all but this share of its fall is done: beyond, it may be flat over many rates."""
+BELOW = 4.0
+"""The suggested rate is so many times below the one at which the loss no longer falls (Smith 2017: 3 to 4)."""
+NOISE = 5.0
+"""Standard deviations of a single loss by which the running mean must end above the first one to have diverged."""
 
 
 @dataclass(frozen=True)
 class RangeTest:
     """`losses` per cell of the steps taken at `rates`, and `smoothed` ones; `suggested` is a rate to train with.
 
-    `diverged` is whether the smoothed loss ended above where it began, or was no number: a test that did not diverge has
-    not seen the highest rate that can be trained with. There may be fewer steps than were asked for, for that reason.
+    `diverged` is whether the running mean ended above where it began, or a loss was no number (then there are fewer
+    steps than were asked for): a test that did not diverge has not seen the highest rate that can be trained with.
     """
 
     rates: Array
@@ -56,8 +60,8 @@ def range_test(
     """Take one step at each of `steps` rates, from `lowest` up to `highest` in equal factors, from the start of a fit.
 
     Batches, clip, seed, beta and free bits are those of `settings`, whose learning rate goes unused; the KL has its
-    full weight from the first step on. Nothing is kept of it but the numbers. The rate that is suggested is a tenth
-    of the one at which the smoothed loss is lowest.
+    full weight from the first step on. Nothing is kept of it but the numbers. The rate that is suggested is a quarter
+    of the one at which the smoothed loss has come within 5 % of its fall from its lowest.
 
     Raises `InputError` for rates that do not rise from above 0, or fewer than ten steps.
     """
@@ -70,9 +74,12 @@ def range_test(
     rates = np.geomspace(lowest, highest, steps)
     losses = np.array(_climb(model, guide, cells, settings, rates))
     smoothed = _smoothed(losses)
-    best = int(smoothed.argmin())
-    diverged = len(losses) < steps or bool(smoothed[-1] > smoothed[0])
-    return RangeTest(rates[: len(losses)], losses, smoothed, float(rates[best]) / BELOW_THE_LOWEST, diverged)
+    low, start = smoothed.min(), smoothed[0]
+    reached = int((smoothed <= low + ENOUGH * (start - low)).argmax())
+    # Where little is learnt yet, steps differ by the batches and draws alone.
+    noise = np.diff(losses[: max(3, len(losses) // 4)]).std() / math.sqrt(2)
+    diverged = len(losses) < steps or bool(smoothed[-1] - start > NOISE * noise)
+    return RangeTest(rates[: len(losses)], losses, smoothed, float(rates[reached]) / BELOW, diverged)
 
 
 def _climb(model: Model, guide: Guide, cells: Cells, settings: TrainSettings, rates: Array) -> list[float]:

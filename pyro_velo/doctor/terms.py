@@ -5,7 +5,7 @@ $$\mathrm{ELBO} = \sum_x \log p(x \mid \cdot) - \sum_z \log\frac{q(z \mid \cdot)
 | term | what it is |
 |---|---|
 | `unspliced`, `spliced` | log p(u) and log p(s given u) of a joint mixture; another observed site goes by its name |
-| `kl_z`, `kl_pi`, `kl_alpha`, ... | of each latent site, by the draw that the ELBO takes; a site marked `kl` in closed form |
+| `kl_z`, `kl_pi`, `kl_alpha`, ... | of each latent site by the ELBO's own draw; of a site marked `kl` in closed form |
 | `kl_correlation` | what correlated rates cost beside their marginals: log q(x) - sum of log q(x_k) on average |
 | `switch_penalty`, `order_penalty` | what a penalty costs at weight 1; no part of the ELBO |
 
@@ -134,12 +134,16 @@ def terms_of(guide: Trace, program: Trace) -> Terms:
         if "penalty" in site["infer"]:
             found.append(_term(name, "penalty", (name,), site, -_density({**site, "mask": None})))
         elif site["infer"].get("kl"):
-            found.append(_term(f"kl_{name.removesuffix('_kl')}", "kl", (name.removesuffix("_kl"),), site, -_density(site)))
+            found.append(
+                _term(f"kl_{name.removesuffix('_kl')}", "kl", (name.removesuffix("_kl"),), site, -_density(site))
+            )
         elif site["is_observed"]:
             found.extend(_reconstruction(name, site))
         else:
             found.append(_kl(name, site, guide.nodes.get(name), drawn.shares.get(name)))
-    rest = (_term(f"kl_{_called(part.sites, part.name)}", "kl", part.sites, part.site, part.density) for part in drawn.left)
+    rest = (
+        _term(f"kl_{_called(part.sites, part.name)}", "kl", part.sites, part.site, part.density) for part in drawn.left
+    )
     return Terms((*_same_name_merged(found), *rest))
 
 
@@ -153,7 +157,9 @@ def _weighted(terms: Sequence[Term], weights: Sequence[float], apart: bool) -> T
     scaled = [weight * term.parts for weight, term in zip(weights, terms, strict=True)]
     in_a_row = apart and CELLS in terms[0].axes
     total = torch.cat(scaled, terms[0].axes.index(CELLS)) if in_a_row else torch.stack(scaled).sum(0)
-    expected = [weight * term.expected for weight, term in zip(weights, terms, strict=True) if term.expected is not None]
+    expected = [
+        weight * term.expected for weight, term in zip(weights, terms, strict=True) if term.expected is not None
+    ]
     return replace(terms[0], parts=total, expected=torch.stack(expected).sum(0) if expected else None)
 
 
@@ -219,7 +225,7 @@ def _reconstruction(name: str, site: Site) -> list[Term]:
 
 
 def _kl(name: str, prior: Site, guide: Site | None, share: Tensor | None) -> Term:
-    """log q - log p of a latent site; `share` is what an autoguide's own variable adds to log q."""
+    """Log q - log p of a latent site; `share` is what an autoguide's own variable adds to log q."""
     if guide is not None and share is None and [f.name for f in prior["cond_indep_stack"]] == [CELLS]:
         expected = normal_kl(guide["fn"], prior["fn"])
         if expected is not None and guide["mask"] is None and prior["mask"] is None:
@@ -265,14 +271,13 @@ class _Drawn(NamedTuple):
 def together(guide: Trace, latent: Any) -> dict[str, list[str]]:
     """The guide's own variables, each with the latent sites that are computed from it, which follow it as points."""
     found: dict[str, list[str]] = {}
-    own = None
+    own, own_of_cells = None, False
     for name, site in sites_of(guide):
+        of_cells = CELLS in {frame.name for frame in site["cond_indep_stack"]}
         if name not in latent:
-            own = found.setdefault(name, [])
-            of_cells = CELLS in {frame.name for frame in site["cond_indep_stack"]}
-        elif own is not None and isinstance(site["fn"], dist.Delta):
-            if of_cells or CELLS not in {frame.name for frame in site["cond_indep_stack"]}:
-                own.append(name)
+            own, own_of_cells = found.setdefault(name, []), of_cells
+        elif own is not None and isinstance(site["fn"], dist.Delta) and of_cells <= own_of_cells:
+            own.append(name)
     return found
 
 
@@ -288,10 +293,10 @@ def columns(own: Site, latent: dict[str, Site], sites: Sequence[str]) -> dict[st
 
 
 def _drawn(guide: Trace, latent: dict[str, Site]) -> _Drawn:
-    """Log q of the guide's own variables, handed out to the sites as far as it can be told apart.
+    r"""Log q of the guide's own variables, handed out to the sites as far as it can be told apart.
 
     A variable of one site is that site's. Of several that are Normal together each has its marginal's, and what is
-    left is the correlation's: $E_q[\\log q(x) - \\sum_k \\log q(x_k)]$, the total correlation. Others are left whole.
+    left is the correlation's: $E_q[\log q(x) - \sum_k \log q(x_k)]$, the total correlation. Others are left whole.
     """
     shares, left = dict[str, Tensor](), list[_Left]()
     for name, sites in together(guide, latent).items():
