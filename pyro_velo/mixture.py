@@ -46,28 +46,23 @@ class JointMixture(TorchDistribution):
 
     def log_joint(self, value: Tensor) -> Tensor:
         """The terms log w_k + log p(u | k) + log p(s | k) of each state: (K, ..., G)."""
-        return self._terms(value)[1]
+        # Dimensions of the value before the mixture's own would line up with the states, which stand there.
+        before = value.ndim - self.log_weights.ndim
+        u, s = value.unsqueeze(before).unbind(-1)
+        return (self.log_weights + self.unspliced.log_prob(u) + self.spliced.log_prob(s)).movedim(before, 0)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The mixture's log density, (..., G)."""
         return self._over_states(self.log_joint(value))
 
-    def log_chain(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Log p(u) and log p(s | u), (..., G) each, which add up to `log_prob`.
+    def log_unspliced(self, value: Tensor) -> Tensor:
+        r"""Log p(u), (..., G): what is left of the mixture once s is summed out, $\sum_k w_k\,p(u \mid k)$.
 
-        $p(u) = \sum_k w_k\,p(u \mid k)$ is what is left of the mixture once s is summed out, so both are densities of
-        their own; the states that u leaves open are told by s.
+        The rest of `log_prob` is log p(s | u), in which s tells the states that u leaves open.
         """
-        log_u, log_both = (self._over_states(each) for each in self._terms(value))
-        return log_u, log_both - log_u
-
-    def _terms(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Log w_k + log p(u | k), and with log p(s | k) too: (K, ..., G) each."""
-        # Dimensions of the value before the mixture's own would line up with the states, which stand there.
         before = value.ndim - self.log_weights.ndim
-        u, s = value.unsqueeze(before).unbind(-1)
-        of_u = self.log_weights + self.unspliced.log_prob(u)
-        return of_u.movedim(before, 0), (of_u + self.spliced.log_prob(s)).movedim(before, 0)
+        u = value[..., 0].unsqueeze(before)
+        return self._over_states((self.log_weights + self.unspliced.log_prob(u)).movedim(before, 0))
 
     def _over_states(self, terms: Tensor) -> Tensor:
         """Their sum, or the largest, of (K, ..., G): (..., G)."""

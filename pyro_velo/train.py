@@ -27,7 +27,7 @@ from pyro_velo.batch import Batch, Cells
 from pyro_velo.doctor.terms import terms_of
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import NonFiniteError, blame
-from pyro_velo.history import History
+from pyro_velo.history import History as History
 from pyro_velo.models.base import Model
 from pyro_velo.schedule import Plateau, Warmup
 
@@ -254,8 +254,6 @@ class _Loop:
         last = state.epoch == self.epochs
         evaluated = last or state.epoch % self.evaluate_every == 0
         held_out = self._held_out(step + self.n_batches) if evaluated else math.nan
-        if evaluated and self.has_terms:
-            self._train_terms()
         self._note(-total / self.n_batches, held_out, self.warmup.weight(step))
         return evaluated
 
@@ -277,40 +275,38 @@ class _Loop:
         """The ELBO per held-out cell at weight 1, with the same noise every time, so that epochs can be compared."""
         index, total = self.held_index if len(self.held_index) else self.train_index, 0.0
         terms: dict[str, float] = {}
-        model, guide = poutine.trace(self.svi.model), poutine.trace(self.svi.guide)
         with _own_noise(self.cells, self.settings.seed), self.warmup.done(), torch.no_grad():
-            for batch in self._batches(index):
-                loss = self.svi.loss(model, guide, batch)
+            for batch in self.cells.batches(self._on_device(index), self.settings.batch_size, self.n_train):
+                loss = self._loss(batch, terms, len(batch.index) / len(index))
                 if not math.isfinite(loss):
                     raise NonFiniteError(blame(self.svi.model, self.svi.guide, batch, {}), step=step)
                 total += len(batch.index) * loss
-                self._add_terms(terms, guide.trace, model.trace, len(batch.index) / len(index))
         if self.has_terms:
             self.state.history.note_terms("held_out", terms)
+            self.state.history.note_terms("train", self._train_terms() if len(self.held_index) else terms)
         return -total / len(index)
 
-    def _train_terms(self) -> None:
-        """Take the ELBO of as many training cells as are held out apart, with the noise that those have."""
-        history = self.state.history
-        if not len(self.held_index):
-            history.note_terms("train", {name: of[-1] for name, of in history.terms["held_out"].items()})
-            return
+    def _loss(self, batch: Batch, terms: dict[str, float], share: float) -> float:
+        """The loss per cell of a batch, whose terms are added to the others with its share."""
+        if not self.has_terms:
+            return self.svi.loss(self.svi.model, self.svi.guide, batch)
+        # As `Trace_ELBO.loss` has it, to the bit, with the traces that it is made of.
+        guide = poutine.trace(self.svi.guide).get_trace(batch)
+        model = poutine.trace(poutine.replay(self.svi.model, trace=guide)).get_trace(batch)
+        model.compute_log_prob()
+        guide.compute_log_prob()
+        for term in terms_of(guide, model).grouped().terms:
+            terms[term.name] = terms.get(term.name, 0.0) + share * term.value.item()
+        return guide.log_prob_sum().item() - model.log_prob_sum().item()
+
+    def _train_terms(self) -> dict[str, float]:
+        """The terms of as many training cells as are held out, with the same noise every time."""
         index, terms = self.train_index[: len(self.held_index)], dict[str, float]()
+        n_batches = max(1, round(len(index) / self.settings.batch_size))
         with _own_noise(self.cells, self.settings.seed), self.warmup.done(), torch.no_grad():
-            for batch in self._batches(index):
-                guide = poutine.trace(self.svi.guide).get_trace(batch)
-                model = poutine.trace(poutine.replay(self.svi.model, trace=guide)).get_trace(batch)
-                self._add_terms(terms, guide, model, len(batch.index) / len(index))
-        history.note_terms("train", terms)
-
-    def _batches(self, index: Tensor) -> Iterator[Batch]:
-        return self.cells.batches(self._on_device(index), self.settings.batch_size, self.n_train)
-
-    def _add_terms(self, terms: dict[str, float], guide: poutine.Trace, model: poutine.Trace, share: float) -> None:
-        """Add a batch's share to the mean of each term."""
-        if self.has_terms:
-            for term in terms_of(guide, model).grouped().terms:
-                terms[term.name] = terms.get(term.name, 0.0) + share * term.value.item()
+            for part in self._on_device(index).tensor_split(n_batches):
+                self._loss(self.cells.batch(part, self.n_train), terms, len(part) / len(index))
+        return terms
 
     def _note(self, train_elbo: float, held_out: float, kl_weight: float) -> None:
         """Write the epoch down, keep the parameters if they are the best, lower the learning rate when it is time."""

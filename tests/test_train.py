@@ -413,6 +413,7 @@ def test_schedules_change_what_is_climbed_and_not_what_is_reported(fitted, chang
     assert differing_values(small_fit(settings=settings(**changes)).training.parameters, fitted.training.parameters)
 
 
+@pytest.mark.slow
 def test_a_strong_beta_leaves_no_information_in_z_and_free_bits_keep_it():
     """KL(q(z) || p(z)) in nats: the price of z rises, and a floor under each of two dimensions holds it up."""
     plan = {"max_epochs": 30, "learning_rate": 0.03, "patience": 60, "held_out": 0.3, "evaluate_steps": 90}

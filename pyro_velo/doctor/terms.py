@@ -132,7 +132,8 @@ def terms_of(guide: Trace, program: Trace) -> Terms:
     found: list[Term] = []
     for name, site in sites_of(program):
         if "penalty" in site["infer"]:
-            found.append(_term(name, "penalty", (name,), site, -_density({**site, "mask": None})))
+            cost = -site["fn"].log_prob(site["value"]) * site["scale"]
+            found.append(_term(name, "penalty", (name,), site, cost))
         elif site["infer"].get("kl"):
             found.append(
                 _term(f"kl_{name.removesuffix('_kl')}", "kl", (name.removesuffix("_kl"),), site, -_density(site))
@@ -197,7 +198,9 @@ def sites_of(trace: Trace) -> Iterator[tuple[str, Site]]:
 
 
 def _density(site: Site) -> Tensor:
-    """The scaled log-density of a site's value."""
+    """The scaled log-density of a site's value, which its trace may have already."""
+    if "log_prob" in site:
+        return site["log_prob"]
     return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
 
 
@@ -217,10 +220,11 @@ def _on_plates(site: Site, density: Tensor) -> tuple[Tensor, tuple[str, ...]]:
 
 def _reconstruction(name: str, site: Site) -> list[Term]:
     """Of a joint mixture that of unspliced molecules, and of spliced ones given them; of any other site itself."""
+    both = _density(site)
     if not isinstance(site["fn"], JointMixture):
-        return [_term(name, "reconstruction", (name,), site, _density(site))]
-    chain = (scale_and_mask(part, site["scale"], site["mask"]) for part in site["fn"].log_chain(site["value"]))
-    pairs = zip(MOLECULES, chain, strict=True)
+        return [_term(name, "reconstruction", (name,), site, both)]
+    unspliced = scale_and_mask(site["fn"].log_unspliced(site["value"]), site["scale"], site["mask"])
+    pairs = zip(MOLECULES, (unspliced, both - unspliced), strict=True)
     return [_term(molecule, "reconstruction", (name,), site, density) for molecule, density in pairs]
 
 
@@ -325,7 +329,7 @@ def _marginals(fn: Any) -> dist.Normal | None:
     """The Normals that the entries of a vector have by themselves, if it is Normal as a whole."""
     if isinstance(fn, (MultivariateNormal, torch.distributions.LowRankMultivariateNormal)):
         return dist.Normal(fn.loc, fn.variance.sqrt())
-    transforms = getattr(fn, "transforms", ())
+    transforms: list[Any] = getattr(fn, "transforms", [])
     if len(transforms) == 1 and isinstance(transforms[0], Correlate):
         return dist.Normal(transforms[0].loc, transforms[0].sd)
     return None

@@ -78,7 +78,7 @@ def gradient_flow(flow: GradientFlow, *, ax: Axes | None = None) -> Axes:
     scale = Normalize(min(max(known.min(initial=high), high - 6), high - 1), high, clip=True)
     drawn = ax.pcolormesh(np.arange(groups + 1), np.arange(terms + 1), size, norm=scale, cmap=GRADIENT_MAP)
     for row, column in np.ndindex(norm.shape):
-        value, snr = norm[row, column], flow.snr[row, column]
+        value, snr = float(norm[row, column]), float(flow.snr[row, column])
         if np.isnan(value):
             ax.text(column + 0.5, row + 0.5, "·", ha="center", va="center", color=QUIET)
             continue
