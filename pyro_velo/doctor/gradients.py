@@ -4,6 +4,9 @@ For a term $\ell_i$ and the parameters $\theta_j$ of a group (unconstrained, as 
 minibatch and of the guide:
 
 $$g_r = \nabla_{\theta_j}\ell_i,\qquad \mathrm{snr} = \frac{\lVert E g\rVert}{\sqrt{\mathrm{tr}\,\mathrm{Cov}\,g}}$$
+
+Terms can pull against each other: the row `elbo` has what is left. So `spliced`, log p(s given u), takes back what
+`unspliced` asked of a state that u leaves open and s rules out.
 """
 
 from __future__ import annotations
