@@ -297,7 +297,7 @@ class _Loop:
         guide.compute_log_prob()
         for term in terms_of(guide, model).grouped().terms:
             terms[term.name] = terms.get(term.name, 0.0) + share * term.value.item()
-        return guide.log_prob_sum().item() - model.log_prob_sum().item()
+        return float(guide.log_prob_sum()) - float(model.log_prob_sum())
 
     def _train_terms(self) -> dict[str, float]:
         """The terms of as many training cells as are held out, with the same noise every time."""

@@ -70,17 +70,17 @@ def test_what_has_not_diverged_says_so():
 
 def test_a_test_of_a_model_ends_where_its_loss_is_no_number():
     cells = small_cells()
-    found = range_test(MODEL, GUIDE, cells, settings=settings(), highest=1e6, steps=60)
-    assert found.diverged and np.isfinite(found.losses).all() and len(found.rates) == len(found.losses) <= 60
+    found = range_test(MODEL, GUIDE, cells, settings=settings(), highest=1e6, steps=30)
+    assert found.diverged and np.isfinite(found.losses).all() and len(found.rates) == len(found.losses) <= 30
     assert 1e-4 < found.suggested < 1
 
 
 def test_nothing_is_changed_by_it():
-    plan, cells = settings(max_epochs=2), small_cells()
+    plan, cells = settings(max_epochs=1), small_cells()
     fitted = small_fit(cells, settings=plan)
     pyro.clear_param_store()
     state, best = torch.get_rng_state(), {name: value.clone() for name, value in fitted.training.best.items()}
-    one, other = (range_test(MODEL, GUIDE, cells, settings=plan, steps=12) for _ in range(2))
+    one, other = (range_test(MODEL, GUIDE, cells, settings=plan, steps=10) for _ in range(2))
     assert_array_equal(one.losses, other.losses)
     assert torch.equal(state, torch.get_rng_state()) and not list(pyro.get_param_store().keys())
     assert all(torch.equal(value, best[name]) for name, value in fitted.training.best.items())
@@ -88,7 +88,7 @@ def test_nothing_is_changed_by_it():
         assert all(torch.equal(v.unconstrained(), best[n]) for n, v in pyro.get_param_store().items())
     # Its own rate is of no account, the schedule and the seed are.
     changed = [
-        range_test(MODEL, GUIDE, cells, settings=replace(plan, **{name: value}), steps=12).losses
+        range_test(MODEL, GUIDE, cells, settings=replace(plan, **{name: value}), steps=10).losses
         for name, value in (("learning_rate", 0.5), ("beta", 9.0), ("seed", 4))
     ]
     assert_array_equal(changed[0], one.losses)

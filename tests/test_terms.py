@@ -37,7 +37,8 @@ from pyro_velo.times import TIMES
 from pyro_velo.train import Fitted, Training, TrainSettings, load_parameters, per_cell, split
 
 exact = pytest.mark.usefixtures("double")
-DRAWS = 60
+DRAWS = 40
+OTHERS = ("low-rank", "multivariate")
 
 N, G = 24, 4
 OTHER_GUIDES = {
@@ -140,7 +141,9 @@ def test_they_add_up_in_single_precision_too() -> None:
 
 
 @exact
-@pytest.mark.parametrize("name", ["mean-field", "per-gene", "low-rank", "multivariate"])
+@pytest.mark.parametrize(
+    "name", ["mean-field", "per-gene", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_the_kl_of_a_rate_is_on_average_that_of_two_normals(name: str) -> None:
     """Rates are LogNormal in prior and guide: the KL of the marginals has a closed form on the log scale."""
     fitted, cells = world(rates=(RATE_GUIDES | OTHER_GUIDES)[name](), n_latent=1)
