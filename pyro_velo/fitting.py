@@ -28,7 +28,7 @@ from pyro_velo.models.base import Model
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.posterior import Draws, OverStates, Posterior, stream, summarise
 from pyro_velo.refinement import refine
-from pyro_velo.train import Fitted, Guide, Training, TrainSettings, restore, train
+from pyro_velo.train import Fitted, Guide, OnEvaluation, Training, TrainSettings, restore, train
 from pyro_velo.version import __version__
 
 if TYPE_CHECKING:
@@ -47,8 +47,11 @@ class Fit:
     recipe: str
 
     @property
-    def history(self) -> dict[str, list[float]]:
-        """The ELBO per cell by epoch: `epoch`, `train`, `held_out` (NaN where it was not evaluated), `kl_weight`."""
+    def history(self) -> dict[str, Any]:
+        """The ELBO per cell by epoch: `epoch`, `train`, `held_out` (NaN where it was not evaluated), `kl_weight`.
+
+        `terms` has its summands at KL weight 1 by name, of the cells `held_out` and of as many of those in `train`.
+        """
         return asdict(self.fitted.training.history)
 
     @property
@@ -156,6 +159,7 @@ def fit(
     elbo: ELBO | None = None,
     save: str | Path | None = None,
     resume: str | Path | None = None,
+    on_evaluation: OnEvaluation | None = None,
     progress: bool | None = None,
 ) -> Fit:
     """Fit `model` with `guide` (None: the defaults) to the smoothed layers of `adata`, which stays as it is.
@@ -163,8 +167,9 @@ def fit(
     `settings` is a `TrainSettings`, with `seed` put in; `data` says which layers (see `velocity_data`; by default `Ms`
     and `Mu`), `elbo` is any of Pyro's (default `Trace_ELBO`), `save` a folder for a checkpoint after every look at the
     held-out cells, `resume` a folder to go on from (with the settings and the seed it was made with; only its length
-    may change), `progress` shows a bar (None: where stderr is a terminal). A fit with a clock that genes share and the
-    rate guide `PerGene` ends with the two coupled (`coupling.couple`), unless it was interrupted.
+    may change), `on_evaluation` is called with the run's state after every such look (as a `GradientRecord` wants it),
+    `progress` shows a bar (None: where stderr is a terminal). A fit with a clock that genes share and the rate guide
+    `PerGene` ends with the two coupled (`coupling.couple`), unless it was interrupted.
 
     Raises `InputError` for bad layers or a checkpoint of another run; `NonFiniteError`, naming the gene, for NaN in the
     fit.
@@ -181,7 +186,13 @@ def fit(
     if training is not None:
         wanted = _same_settings(training, wanted if settings else replace(training.settings, seed=seed))
     about = describe(recipe, data)
-    keep = (lambda state: checkpoint.save(state, save, about=about)) if save else None
+
+    def looked(state: Training) -> None:
+        if save:
+            checkpoint.save(state, save, about=about)
+        if on_evaluation is not None:
+            on_evaluation(state)
+
     try:
         fitted = train(
             model,
@@ -190,7 +201,7 @@ def fit(
             settings=wanted,
             elbo=elbo,
             resume=training,
-            on_evaluation=keep,
+            on_evaluation=looked,
             progress=progress,
         )
     except NonFiniteError as error:

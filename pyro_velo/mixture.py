@@ -53,9 +53,21 @@ class JointMixture(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The mixture's log density, (..., G)."""
-        log_joint = self.log_joint(value)
-        log_prob = log_joint.amax(0) if self.hard else log_joint.logsumexp(0)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        return self._over_states(self.log_joint(value))
+
+    def log_unspliced(self, value: Tensor) -> Tensor:
+        r"""Log p(u), (..., G): what is left of the mixture once s is summed out, $\sum_k w_k\,p(u \mid k)$.
+
+        The rest of `log_prob` is log p(s | u), in which s tells the states that u leaves open.
+        """
+        before = value.ndim - self.log_weights.ndim
+        u = value[..., 0].unsqueeze(before)
+        return self._over_states((self.log_weights + self.unspliced.log_prob(u)).movedim(before, 0))
+
+    def _over_states(self, terms: Tensor) -> Tensor:
+        """Their sum, or the largest, of (K, ..., G): (..., G)."""
+        found = terms.amax(0) if self.hard else terms.logsumexp(0)
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A state for each cell and gene, then both molecules in that state."""

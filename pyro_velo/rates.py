@@ -242,8 +242,7 @@ class AutoPerGene(AutoGuide):
     @torch.no_grad()
     def quantiles(self, quantiles: list[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The posterior quantiles by site, the levels leading."""
-        root = unit_lower(self.below, self.loc.shape[-1]) * self.scale.unsqueeze(-2)
-        sd = torch.linalg.vector_norm(root, dim=-1)
+        sd = Correlate(self.loc, self.scale, unit_lower(self.below, self.loc.shape[-1])).sd
         levels = torch.as_tensor(quantiles).to(sd)[:, None, None]
         x = dist.Normal(self.loc, sd).icdf(levels)
         return {name: part.transform(_of(x, part)) for name, part in self._parts.items()}
@@ -274,6 +273,11 @@ class Correlate(Transform):
     def __init__(self, loc: Tensor, scale: Tensor, lower: Tensor) -> None:
         super().__init__(cache_size=1)
         self.loc, self.scale, self.lower = loc, scale, lower
+
+    @property
+    def sd(self) -> Tensor:
+        """The sd of each entry of x, where epsilon is standard Normal."""
+        return torch.linalg.vector_norm(self.lower * self.scale.unsqueeze(-2), dim=-1)
 
     def _call(self, x: Tensor) -> Tensor:
         return self.loc + torch.einsum("...ij,...j->...i", self.lower, self.scale * x)

@@ -1,36 +1,40 @@
-"""What changes during a fit: the weight of the KL terms, the learning rate, and the end."""
+"""What changes during a fit: the weight and the floor of the KL terms, the learning rate, and the end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
+import torch
 from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import kl_divergence
 
 SMALLEST = 1e-6
 """Pyro refuses a scale of zero."""
 
 
 class KLWeight(Messenger):
-    """Scales the KL terms of cells by `weight`, and penalties that are to be annealed by 1 - weight.
+    """Scales the KL terms of cells by `weight`, and penalties that are to be annealed by `penalty` (1 - weight).
 
     KL terms are the latent sites in the plate `cells`, in model and guide alike, and the sites marked `infer={"kl":
     True}` (a KL in closed form). Sites marked `infer={"penalty": annealed}` are not part of the ELBO: annealed ones
     fade as the KL comes in, the others keep their weight. Found by tracing, so it fits every model.
     """
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, penalty: float | None = None) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.penalty = weight, 1 - weight if penalty is None else penalty
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         infer = msg["infer"]
         if "penalty" in infer:
             if infer["penalty"]:
-                msg["scale"] = msg["scale"] * max(1 - self.weight, SMALLEST)
+                msg["scale"] = msg["scale"] * max(self.penalty, SMALLEST)
         elif infer.get("kl") or (not msg["is_observed"] and _of_cells(msg)):
             msg["scale"] = msg["scale"] * max(self.weight, SMALLEST)
 
@@ -47,24 +51,86 @@ def _of_cells(msg: dict[str, Any]) -> bool:
     return any(frame.name == "cells" for frame in msg["cond_indep_stack"])
 
 
+class FreeBits(Messenger):
+    r"""Lets each latent dimension of a cell cost `nats` before its KL counts (free bits; Kingma et al. 2016).
+
+    $$\sum_j \max(\lambda,\ \tfrac1B\sum_n \mathrm{KL}(q(z_{nj} \mid x_n)\,\|\,p(z_{nj})))$$
+
+    takes the place of the KL of the latent sites that are in the plate `cells` alone, B the cells of the batch. The KL
+    of a Normal from a Normal is the closed form and not the sampled one, whose noise would pass the maximum on one side
+    only; any other q counts as one group of its d dimensions, by its draw, with d lambda. A dimension below lambda has
+    no gradient of its KL. To be entered around a run of the guide and then of the model.
+    """
+
+    def __init__(self, nats: float) -> None:
+        super().__init__()
+        self.nats, self.drawn_from = nats, dict[str, Any]()
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"] or [frame.name for frame in msg["cond_indep_stack"]] != ["cells"]:
+            return
+        if msg["name"] not in self.drawn_from:
+            self.drawn_from[msg["name"]] = msg["fn"]
+            msg["mask"] = False
+            return
+        q, p, z = self.drawn_from.pop(msg["name"]), msg["fn"], msg["value"]
+        kl = normal_kl(q, p)
+        if kl is None:
+            size = p.event_shape.numel()
+            cost = (q.log_prob(z) - p.log_prob(z)).mean().clamp_min(size * self.nats)
+        else:
+            cost = kl.flatten(0, -2).mean(0).clamp_min(self.nats).sum()
+        msg["fn"] = dist.Delta(z, log_density=-cost.expand(p.batch_shape), event_dim=p.event_dim)
+
+
+def normal_kl(q: Any, p: Any) -> Tensor | None:
+    """KL(q || p) of each dimension, (..., d), where both are independent Normals over d dimensions; else None."""
+    if any(type(each) is not dist.Independent or each.reinterpreted_batch_ndims != 1 for each in (q, p)):
+        return None
+    if not all(isinstance(each.base_dist, torch.distributions.Normal) for each in (q, p)):
+        return None
+    return kl_divergence(q.base_dist, p.base_dist)
+
+
 @dataclass(frozen=True)
 class Warmup:
-    """The KL weight rises linearly to 1 over `steps` steps."""
+    """The KL weight rises linearly to `beta` over `steps` steps, in each of `cycles` cycles of `length` steps.
+
+    Above 1, `beta` buys latent dimensions that are told apart for a worse reconstruction (Higgins et al. 2017);
+    cycles let a decoder that has learnt to use z be regularised again (Fu et al. 2019). Penalties that are
+    annealed fade in the first cycle, and stay away. `free_bits` as in `FreeBits`; 0 is the KL as it is drawn.
+    """
 
     steps: int
+    beta: float = 1.0
+    cycles: int = 1
+    length: int = 0
+    free_bits: float = 0.0
+
+    @property
+    def settled(self) -> int:
+        """The step from which the weight stays what it is."""
+        return (self.cycles - 1) * self.length + self.steps
 
     def weight(self, step: int) -> float:
-        """The weight at a step: 1/steps at the first, 1 from `steps - 1` on.
+        """The weight at a step: beta/steps at a cycle's first, beta from its `steps - 1` on.
 
         >>> [Warmup(4).weight(step) for step in (0, 1, 3, 9)]
         [0.25, 0.5, 1.0, 1.0]
+        >>> [Warmup(2, cycles=2, length=4).weight(step) for step in range(8)]
+        [0.5, 1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
         """
+        cycle = min(step // self.length, self.cycles - 1) if self.cycles > 1 else 0
+        return self.beta * self._risen(step - cycle * self.length)
+
+    def _risen(self, step: int) -> float:
         return min(1.0, (step + 1) / self.steps) if self.steps else 1.0
 
     @contextmanager
     def at(self, step: int) -> Iterator[None]:
         """Within it, programs are scored at the step's weight."""
-        with KLWeight(self.weight(step)):
+        floor = FreeBits(self.free_bits) if self.free_bits else nullcontext()
+        with KLWeight(self.weight(step), 1 - self._risen(step)), floor:
             yield
 
     @contextmanager

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Batch, Cells
+from pyro_velo.doctor.terms import terms_of
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import NonFiniteError, blame
+from pyro_velo.history import History as History
 from pyro_velo.models.base import Model
 from pyro_velo.schedule import Plateau, Warmup
 
@@ -41,11 +43,14 @@ class TrainSettings:
         max_epochs: passes over the training cells; None: as many as make `max_steps` steps. max_steps: gradient steps,
         where `max_epochs` is None. batch_size: cells a step, at most; an epoch's batches are of equal size within one
         cell. learning_rate: of ClippedAdam, until it is dropped tenfold. clip: the bound on each element of the
-        gradient of the loss per cell. warmup: the share of the epochs in which the weight of the KL rises to 1. drop:
+        gradient of the loss per cell. warmup: the share of a cycle in which the weight of the KL rises. drop:
         the share of the epochs after which the learning rate is dropped, at the latest. held_out: the share of cells
         that are never trained on. patience: held-out evaluations without improvement before the learning rate drops,
         and again before the fit ends. evaluate_steps: steps between held-out evaluations, rounded to whole epochs.
-        seed: of every random number.
+        seed: of every random number. beta: what the weight of the KL rises to (Higgins et al. 2017). cycles: how often
+        it does so, in equal parts of the run (Fu et al. 2019: 4, with a warmup of 0.5). free_bits: nats that each
+        latent dimension of a cell may cost for free; 0: none (`schedule.FreeBits`). The held-out ELBO knows none of
+        the three.
     """
 
     max_epochs: int | None = None
@@ -59,11 +64,14 @@ class TrainSettings:
     patience: int = 15
     evaluate_steps: int = 25
     seed: int = 0
+    beta: float = 1.0
+    cycles: int = 1
+    free_bits: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no fit can be run with."""
         epochs = () if self.max_epochs is None else ("max_epochs",)
-        for name in (*epochs, "max_steps", "batch_size", "patience", "evaluate_steps"):
+        for name in (*epochs, "max_steps", "batch_size", "patience", "evaluate_steps", "cycles"):
             self._require(name, "of 1 or more", getattr(self, name) >= 1)
         for name in ("learning_rate", "clip"):
             self._require(name, "above 0", getattr(self, name) > 0)
@@ -71,24 +79,13 @@ class TrainSettings:
             self._require(name, "in [0, 1]", 0 <= getattr(self, name) <= 1)
         self._require("held_out", "in [0, 1)", 0 <= self.held_out < 1)
         self._require("seed", "of 0 or more", self.seed >= 0)
+        self._require("beta", "above 0 and finite", 0 < self.beta < math.inf)
+        self._require("free_bits", "of 0 or more, and finite,", 0 <= self.free_bits < math.inf)
+        self._require("warmup", "above 0 with several cycles", self.warmup > 0 or self.cycles == 1)
 
     def _require(self, name: str, expected: str, holds: bool) -> None:
         if not holds:
             raise InputError(f"Expected {name} {expected}; got {getattr(self, name)}. Leave it out for the default.")
-
-
-@dataclass
-class History:
-    """The ELBO per cell by epoch: `train`, the mean of its steps, and `held_out`, NaN where it was not evaluated.
-
-    `held_out` is at KL weight 1 without penalties; `train` is the objective that was climbed, at the weight
-    `kl_weight`.
-    """
-
-    epoch: list[int] = field(default_factory=list)
-    train: list[float] = field(default_factory=list)
-    held_out: list[float] = field(default_factory=list)
-    kl_weight: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -153,7 +150,7 @@ def train(
     Raises `NonFiniteError`, naming step, site and gene, where the loss or a gradient is not finite.
     """
     settings = settings or (resume.settings if resume else TrainSettings())
-    with _apart(cells, settings.seed) as store:
+    with apart(cells, settings.seed) as store:
         program = model.build(cells)
         loop = _Loop(program, guide(program), cells, settings, elbo or Trace_ELBO(), resume)
         interrupted = loop.run(on_evaluation, progress)
@@ -165,7 +162,7 @@ def restore(model: Model, guide: Guide, cells: Cells, training: Training) -> Fit
 
     Raises `InputError` for the state of another model, guide or number of genes.
     """
-    with _apart(cells, training.settings.seed) as store:
+    with apart(cells, training.settings.seed) as store:
         program = model.build(cells)
         loop = _Loop(program, guide(program), cells, training.settings, Trace_ELBO(), training)
         load_parameters(training.best)
@@ -173,7 +170,7 @@ def restore(model: Model, guide: Guide, cells: Cells, training: Training) -> Fit
 
 
 @contextmanager
-def _apart(cells: Cells, seed: int) -> Iterator[dict]:
+def apart(cells: Cells, seed: int) -> Iterator[dict]:
     """A param store, random numbers from `seed` and no validation, until it ends; yields the store's state."""
     store_apart, unchecked = pyro.get_param_store().scope(), pyro.validation_enabled(False)
     with store_apart as store, _own_noise(cells, seed), unchecked, warnings.catch_warnings():
@@ -202,9 +199,10 @@ class _Loop:
         self.n_batches = max(1, math.ceil(self.n_train / settings.batch_size))
         self.epochs = settings.max_epochs or math.ceil(settings.max_steps / self.n_batches)
         self.evaluate_every = max(1, round(settings.evaluate_steps / self.n_batches))
-        self.warmup = Warmup(round(settings.warmup * self.epochs) * self.n_batches)
+        self.warmup = _warmup(settings, self.epochs, self.n_batches)
         self.optimizer = ClippedAdam({"lr": settings.learning_rate, "clip_norm": settings.clip})
         self.svi = SVI(per_cell(program, self.n_train), per_cell(guide, self.n_train), self.optimizer, elbo)
+        self.has_terms = type(elbo) is Trace_ELBO and elbo.num_particles == 1
         # A copy: the run that is gone on with may be gone on with again.
         self.state = deepcopy(resume) if resume else Training(settings, plateau=Plateau(patience=settings.patience))
         self.state.settings = settings
@@ -276,13 +274,39 @@ class _Loop:
     def _held_out(self, step: int) -> float:
         """The ELBO per held-out cell at weight 1, with the same noise every time, so that epochs can be compared."""
         index, total = self.held_index if len(self.held_index) else self.train_index, 0.0
+        terms: dict[str, float] = {}
         with _own_noise(self.cells, self.settings.seed), self.warmup.done(), torch.no_grad():
             for batch in self.cells.batches(self._on_device(index), self.settings.batch_size, self.n_train):
-                loss = self.svi.loss(self.svi.model, self.svi.guide, batch)
+                loss = self._loss(batch, terms, len(batch.index) / len(index))
                 if not math.isfinite(loss):
                     raise NonFiniteError(blame(self.svi.model, self.svi.guide, batch, {}), step=step)
                 total += len(batch.index) * loss
+        if self.has_terms:
+            self.state.history.note_terms("held_out", terms)
+            self.state.history.note_terms("train", self._train_terms() if len(self.held_index) else terms)
         return -total / len(index)
+
+    def _loss(self, batch: Batch, terms: dict[str, float], share: float) -> float:
+        """The loss per cell of a batch, whose terms are added to the others with its share."""
+        if not self.has_terms:
+            return self.svi.loss(self.svi.model, self.svi.guide, batch)
+        # As `Trace_ELBO.loss` has it, to the bit, with the traces that it is made of.
+        guide = poutine.trace(self.svi.guide).get_trace(batch)
+        model = poutine.trace(poutine.replay(self.svi.model, trace=guide)).get_trace(batch)
+        model.compute_log_prob()
+        guide.compute_log_prob()
+        for term in terms_of(guide, model).grouped().terms:
+            terms[term.name] = terms.get(term.name, 0.0) + share * term.value.item()
+        return float(guide.log_prob_sum()) - float(model.log_prob_sum())
+
+    def _train_terms(self) -> dict[str, float]:
+        """The terms of as many training cells as are held out, with the same noise every time."""
+        index, terms = self.train_index[: len(self.held_index)], dict[str, float]()
+        n_batches = max(1, round(len(index) / self.settings.batch_size))
+        with _own_noise(self.cells, self.settings.seed), self.warmup.done(), torch.no_grad():
+            for part in self._on_device(index).tensor_split(n_batches):
+                self._loss(self.cells.batch(part, self.n_train), terms, len(part) / len(index))
+        return terms
 
     def _note(self, train_elbo: float, held_out: float, kl_weight: float) -> None:
         """Write the epoch down, keep the parameters if they are the best, lower the learning rate when it is time."""
@@ -292,7 +316,7 @@ class _Loop:
         history.held_out.append(held_out)
         history.kl_weight.append(kl_weight)
         # While the KL weight rises, another bound is climbed than the one that is compared.
-        warm = state.epoch * self.n_batches >= self.warmup.steps
+        warm = state.epoch * self.n_batches >= self.warmup.settled
         if not math.isnan(held_out) and state.plateau.improves(held_out, warm=warm):
             state.best = parameters()
         if state.plateau.lower_rate(due=state.epoch >= self.settings.drop * self.epochs):
@@ -302,15 +326,24 @@ class _Loop:
 
     def _snapshot(self) -> Training:
         """The state as it is now, which further steps leave alone."""
-        state = self.state
-        history = History(*(list(column) for column in vars(state.history).values()))
-        optimizer = deepcopy(self.optimizer.get_state())
+        state, optimizer = self.state, deepcopy(self.optimizer.get_state())
         return replace(
-            state, history=history, plateau=replace(state.plateau), parameters=parameters(), optimizer=optimizer
+            state,
+            history=state.history.copy(),
+            plateau=replace(state.plateau),
+            parameters=parameters(),
+            optimizer=optimizer,
         )
 
     def _on_device(self, index: Tensor) -> Tensor:
         return index.to(self.cells.molecules.device)
+
+
+def _warmup(settings: TrainSettings, epochs: int, n_batches: int) -> Warmup:
+    """The schedule of the KL: what is set in shares of the run, in steps."""
+    cycles = settings.cycles
+    rise, length = round(settings.warmup * epochs / cycles) * n_batches, math.ceil(epochs * n_batches / cycles)
+    return Warmup(rise, settings.beta, cycles, length, settings.free_bits)
 
 
 def parameters() -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ LAYERS: dict[int, set[str]] = {
     2: {"models", "rates", "guides"},
     3: {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "coupling", "evidence", "nuts"),
+        *("history", "doctor", "doctor.terms"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
         *("transitions", "macrostates", "fates", "directions", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
@@ -51,6 +52,14 @@ SIDEWAYS = {
     ("guides", "models"),
     ("guides", "rates"),
     ("train", "forensics"),
+    ("train", "history"),
+    # What a bound is made of, which every fit writes down; the rest of the doctor looks at fits.
+    ("train", "doctor.terms"),
+    ("doctor.terms", "schedule"),
+    ("doctor", "doctor.terms"),
+    ("doctor", "evidence"),
+    ("doctor", "schedule"),
+    ("doctor", "train"),
     ("train", "schedule"),
     ("checkpoint", "schedule"),
     ("checkpoint", "train"),

@@ -253,9 +253,11 @@ def test_an_epochs_batches_differ_by_one_cell_at_most_and_cover_every_training_c
 
     cells = Cells.of(torch.randn(20, 1), torch.randn(20, 1))
     train(Watched(), lambda program: lambda batch: None, cells, settings=settings(max_epochs=1), progress=False)
-    _, first, second, held = seen
+    # The last are training cells too, which are looked at as the held-out ones are.
+    _, first, second, held, looked_at = seen
     kept, _ = split(20, 0.1, 0)
     assert [len(first), len(second), len(held)] == [9, 9, 2]
+    assert looked_at.tolist() == kept[:2].tolist()
     assert sorted([*first.tolist(), *second.tolist()]) == sorted(kept.tolist())
 
 
@@ -313,8 +315,10 @@ def test_ctrl_c_in_the_middle_of_an_epoch_forgets_its_steps(fitted):
     finally:
         signal.signal(signal.SIGINT, handler)
     assert fit.interrupted and 0 < fit.training.epoch < 8
-    columns = {name: len(column) for name, column in vars(fit.training.history).items()}
-    assert set(columns.values()) == {fit.training.epoch}
+    history = vars(fit.training.history)
+    columns = [column for name, column in history.items() if name != "terms"]
+    columns += [column for of in history["terms"].values() for column in of.values()]
+    assert {len(column) for column in columns} == {fit.training.epoch}
     assert differing(small_fit(resume=fit.training).training, fitted.training) == []
 
 
@@ -383,11 +387,42 @@ class OfOthers(pv.initial.Initialisation):
         ("drop", -0.1, r"in \[0, 1\]"),
         ("held_out", 1.0, r"in \[0, 1\)"),
         ("seed", -1, "of 0 or more"),
+        ("beta", 0.0, "above 0 and finite"),
+        ("beta", math.inf, "above 0 and finite"),
+        ("cycles", 0, "of 1 or more"),
+        ("free_bits", -0.1, "of 0 or more, and finite,"),
     ],
 )
 def test_settings_that_no_fit_can_be_run_with_are_refused(name, value, expected):
     with pytest.raises(InputError, match=rf"Expected {name} {expected}; got {value}\. Leave it out"):
         TrainSettings(**{name: value})
+
+
+def test_cycles_need_something_to_cycle():
+    with pytest.raises(InputError, match="Expected warmup above 0 with several cycles; got 0"):
+        TrainSettings(cycles=2, warmup=0)
+
+
+@pytest.mark.parametrize("changes", [{"beta": 30.0}, {"cycles": 4, "warmup": 0.5}, {"free_bits": 3.0}])
+def test_schedules_change_what_is_climbed_and_not_what_is_reported(fitted, changes):
+    """At the same parameters the held-out ELBO is the same; where steps are taken, they are other ones."""
+    still = {"learning_rate": 1e-30, "max_epochs": 2, "warmup": 0.5}
+    changed, plain = (small_fit(settings=settings(**still | extra)).training for extra in (changes, {}))
+    assert changed.history.held_out == plain.history.held_out and changed.history.terms == plain.history.terms
+    assert changed.history.train != plain.history.train
+    assert differing_values(small_fit(settings=settings(**changes)).training.parameters, fitted.training.parameters)
+
+
+@pytest.mark.slow
+def test_a_strong_beta_leaves_no_information_in_z_and_free_bits_keep_it():
+    """KL(q(z) || p(z)) in nats: the price of z rises, and a floor under each of two dimensions holds it up."""
+    plan = {"max_epochs": 30, "learning_rate": 0.03, "patience": 60, "held_out": 0.3, "evaluate_steps": 90}
+
+    def kl(**changes):
+        return small_fit(settings=settings(**plan | changes)).training.history.terms["train"]["kl_z"][-1]
+
+    plain, strong, held_up = kl(), kl(beta=30.0), kl(beta=30.0, free_bits=1.0)
+    assert strong < 0.5 < 1 < held_up and strong < plain / 2
 
 
 @pytest.mark.parametrize(("n_cells", "epochs", "every"), [(40, 12, 1), (400, 2, 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .audit import edge_directions, gene_contributions
 from .calibration import calibration_panels, coverage, crps, ranks
 from .criticism import k_hat, permutation, predictive_check, predictive_checks
+from .doctor import elbo_term, elbo_terms, gradient_flow, gradient_record, range_test
 from .elbo import elbo
 from .embedding import arrows, grid, latent_time, stream, uncertainty
 from .fates import fate_probabilities, fate_probability, fate_shares
@@ -20,11 +21,15 @@ __all__ = [
     "crps",
     "edge_directions",
     "elbo",
+    "elbo_term",
+    "elbo_terms",
     "fate_probabilities",
     "fate_probability",
     "fate_shares",
     "gene_contributions",
     "gene_ranking",
+    "gradient_flow",
+    "gradient_record",
     "grid",
     "k_hat",
     "latent_time",
@@ -32,6 +37,7 @@ __all__ = [
     "phase_portrait",
     "predictive_check",
     "predictive_checks",
+    "range_test",
     "ranks",
     "rates",
     "stream",
