@@ -34,7 +34,7 @@ LAYERS: dict[int, set[str]] = {
     3: {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
-        *("transitions", "macrostates", "fates", "directions", "contributions"),
+        *("transitions", "macrostates", "fates", "directions", "directional", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
     },
     4: {
@@ -71,6 +71,8 @@ SIDEWAYS = {
     ("fates", "transitions"),
     ("directions", "metrics"),
     ("directions", "transitions"),
+    ("directional", "metrics"),
+    ("directional", "transitions"),
     ("contributions", "embedding"),
     ("contributions", "metrics"),
     # What a fit fails to reproduce, and whether its posterior keeps its word.

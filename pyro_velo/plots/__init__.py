@@ -5,6 +5,7 @@ from __future__ import annotations
 from .audit import edge_directions, gene_contributions
 from .calibration import calibration_panels, coverage, crps, ranks
 from .criticism import k_hat, permutation, predictive_check, predictive_checks
+from .directional import directional_null, p_directional
 from .elbo import elbo
 from .embedding import arrows, grid, latent_time, stream, uncertainty
 from .fates import fate_probabilities, fate_probability, fate_shares
@@ -18,6 +19,7 @@ __all__ = [
     "calibration_panels",
     "coverage",
     "crps",
+    "directional_null",
     "edge_directions",
     "elbo",
     "fate_probabilities",
@@ -28,6 +30,7 @@ __all__ = [
     "grid",
     "k_hat",
     "latent_time",
+    "p_directional",
     "permutation",
     "phase_portrait",
     "predictive_check",
