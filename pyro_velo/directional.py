@@ -55,8 +55,9 @@ class Directional:
     """How probable it is that each cell's velocity points somewhere, (cells,) each.
 
     `probability` in [0, 1]: one less the local false discovery rate of its surroundings' flow, times `agreement`, the
-    share of draws in which its own velocity goes along. `q`: see `Rates`. `statistic` is what was compared with `null`
-    (flips, cells), in which genes point at random. Cells whose probability is above 1 - `fdr` are `called`.
+    share of draws in which its own velocity goes along; never above 1 - 5 / (flips + 1). `q`: see `Rates`. `statistic`
+    is what was compared with `null` (flips, cells), in which genes point at random. Cells whose probability is above
+    1 - `fdr` are `called`.
     """
 
     probability: Array
@@ -110,7 +111,7 @@ def directional(
 
     Shapes: expression (cells, genes) in the units of the stream's velocities; `unit` (genes,); neighbours
     (cells, cells) sparse, of whose pattern those within `steps` steps count. The stream is called twice, and must give
-    the same draws. Memory: 4 bytes a cell and gene, and 4 a cell and flip.
+    the same draws. Memory: 4 bytes a cell and gene, and 12 a cell and flip.
 
     Raises `InputError` as `transitions`, for fewer genes than the flips need to differ (2^(genes - 1)), and for fewer
     flips than the false discovery rate needs.
@@ -162,8 +163,10 @@ def false_discoveries(statistic: ArrayLike, null: ArrayLike) -> Rates:
     >>> (rates.q < 0.05).tolist()
     [True, True, False, False]
     """
-    t = np.asarray(statistic, dtype=np.float64)
-    pool = np.vstack((t, np.asarray(null, dtype=np.float64)))
+    under = np.asarray(null)
+    # As exact as the null, or a cell would not tie with itself among the flips.
+    t = np.asarray(statistic, dtype=under.dtype)
+    pool = np.vstack((t, under))
     n_flips, n_cells = pool.shape
     order, ascending = np.argsort(t, kind="stable"), np.sort(pool, axis=None)
     above = (pool.size - np.searchsorted(ascending, t[order])) / n_flips

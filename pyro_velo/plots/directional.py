@@ -72,6 +72,6 @@ def directional_null(found: Directional, *, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("agreement of genes, standard errors", fontsize=9)
     ax.set_ylabel("density", fontsize=9)
     names = ("genes at random", "cells", f"called directional, {found.share:.0%}")
-    legend(ax, names, (PALE, INK, CALLED), loc="upper right")
+    legend(ax, names, (PALE, INK, CALLED), ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     open_frame(ax)
     return ax
