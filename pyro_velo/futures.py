@@ -1,4 +1,4 @@
-"""From a fit to the future of its cells: their fates, and how sure the posterior is of each cell's direction."""
+"""From a fit to the future of its cells: their fates, and how sure posterior and genes are of their directions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from pyro_velo import directional as agreement
 from pyro_velo import directions
 from pyro_velo import fates as chains
 from pyro_velo import transitions as walks
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.bridge import check_same
 from pyro_velo.data.checks import check_known, checked_labels
+from pyro_velo.directional import FDR, FLIPS, STEPS, Directional
 from pyro_velo.directions import Uncertainty
 from pyro_velo.embedding import in_units_of_range
 from pyro_velo.errors import InputError
@@ -113,6 +115,42 @@ def uncertainty(
     stream, expression, unit = _streamed(fit, draws, "expected", progress)
     found = directions.uncertainty(stream, expression, graph, unit=unit, scale=scale, steps=steps)
     adata.obs[keys.VELOCITY_UNCERTAINTY_EXTRINSIC] = found.extrinsic.variance.astype(np.float32)
+    return found
+
+
+def directional(
+    adata: AnnData,
+    fit: Fit,
+    *,
+    draws: int = 100,
+    fdr: float = FDR,
+    flips: int = FLIPS,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Directional:
+    """How probable it is that each cell's velocity points somewhere: genes must agree on where, not only draws.
+
+    Cells whose probability is above 1 - `fdr` are called directional; of those, a share `fdr` at most is expected to
+    be wrong. The evidence is compared with `flips` flips of the signs of genes; see `directional.directional`. Genes
+    are in units of their range, and neighbours' neighbours are looked at. The fit is drawn from twice.
+
+    Writes obs `velocity_p_directional` and `velocity_directional_q`, the false discovery rate at which a cell would
+    just be called; and in uns the threshold, the share of cells above it and the settings.
+
+    Raises `InputError` as `transitions` and `directional.directional`, and for keys that are there already, unless
+    `overwrite`.
+    """
+    check_draws(draws)
+    _check_free(adata, {"obs": keys.DIRECTIONAL_OBS}, overwrite)
+    graph = _graph(adata, fit)
+    stream, expression, unit = _streamed(fit, draws, "expected", progress)
+    found = agreement.directional(stream, expression, graph, unit=unit, flips=flips, fdr=fdr, seed=seed)
+    for key, values in zip(keys.DIRECTIONAL_OBS, (found.probability, found.q), strict=True):
+        adata.obs[key] = values.astype(np.float32)
+    about = {"threshold": found.threshold, "share": found.share, "fdr": fdr, "draws": draws, "flips": flips}
+    about |= {"steps": STEPS, "seed": seed}
+    adata.uns[keys.UNS] = {**adata.uns.get(keys.UNS, {}), keys.UNS_DIRECTIONAL: about}
     return found
 
 

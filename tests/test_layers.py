@@ -35,7 +35,7 @@ LAYERS: dict[int, set[str]] = {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "coupling", "evidence", "nuts"),
         *("history", "doctor", "doctor.terms"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
-        *("transitions", "macrostates", "fates", "directions", "contributions"),
+        *("transitions", "macrostates", "fates", "directions", "directional", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
     },
     4: {
@@ -82,6 +82,8 @@ SIDEWAYS = {
     ("fates", "transitions"),
     ("directions", "metrics"),
     ("directions", "transitions"),
+    ("directional", "metrics"),
+    ("directional", "transitions"),
     ("contributions", "embedding"),
     ("contributions", "metrics"),
     # What a fit fails to reproduce, and whether its posterior keeps its word.

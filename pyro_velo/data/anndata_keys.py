@@ -23,11 +23,14 @@ VAR_OUT = (*RATES, *RATES_SD, FIT_STD_U, FIT_STD_S, FIT_LIKELIHOOD, FIT_R2, FIT_
 LATENT_TIME, VELOCITY_UNCERTAINTY = "latent_time", "velocity_uncertainty"
 OBS_OUT = (LATENT_TIME, VELOCITY_UNCERTAINTY)
 VELOCITY_UNCERTAINTY_EXTRINSIC = "velocity_uncertainty_extrinsic"
+P_DIRECTIONAL, DIRECTIONAL_Q = "velocity_p_directional", "velocity_directional_q"
+DIRECTIONAL_OBS = (P_DIRECTIONAL, DIRECTIONAL_Q)
+"""What `futures.directional` adds."""
 
 LATENT = "X_velocity_latent"
 OBSM_OUT = (LATENT,)
 UNS = "pyro_velo"
-UNS_PREPARE, UNS_LAYERS, UNS_FATES = "prepare", "layers", "fates"
+UNS_PREPARE, UNS_LAYERS, UNS_FATES, UNS_DIRECTIONAL = "prepare", "layers", "fates", "directional"
 
 FATE_PROBABILITIES = "fate_probabilities"
 FATE_PROBABILITIES_Q05, FATE_PROBABILITIES_Q95 = f"{FATE_PROBABILITIES}_q05", f"{FATE_PROBABILITIES}_q95"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .audit import edge_directions, gene_contributions
 from .calibration import calibration_panels, coverage, crps, ranks
 from .criticism import k_hat, permutation, predictive_check, predictive_checks
+from .directional import directional_null, p_directional
 from .doctor import elbo_term, elbo_terms, gradient_flow, gradient_record, range_test
 from .elbo import elbo
 from .embedding import arrows, grid, latent_time, stream, uncertainty
@@ -19,6 +20,7 @@ __all__ = [
     "calibration_panels",
     "coverage",
     "crps",
+    "directional_null",
     "edge_directions",
     "elbo",
     "elbo_term",
@@ -33,6 +35,7 @@ __all__ = [
     "grid",
     "k_hat",
     "latent_time",
+    "p_directional",
     "permutation",
     "phase_portrait",
     "predictive_check",
