@@ -1,0 +1,167 @@
+"""Can the uncertainty be trusted? Recovery and coverage, direction, reversed genes and fates, on data of known truth.
+
+    python benchmarks/trust.py recovery --cells 1000 --seeds 0 1 2 3 4
+    python benchmarks/trust.py recovery --times shared --likelihood tobit --rates per-gene
+    python benchmarks/trust.py recovery --data nb --times shared --likelihood nb --rates per-gene
+    python benchmarks/trust.py directional --data stationary recipe permuted pancreas
+    python benchmarks/trust.py planted
+    python benchmarks/trust.py fates
+
+A line of JSON for each fit, and a summary over seeds. `recovery`: correlations with the truth, and how often the
+intervals of the velocity cover it. `directional`: the share of cells called directional; `permuted` is the pancreas,
+the molecules of each gene exchanged among the cells of a cluster. `planted`: a fifth of the genes have their unspliced
+counts mirrored at the steady-state line, so that they rise where they should fall; how many of them the audit names.
+`fates`: how often the interval of a progenitor bin covers the share of its cells that take a fate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from swaps import COUNTED, PANCREAS, SIMULATIONS, recovered
+
+import pyro_velo as pv
+from pyro_velo import api, simulate
+from pyro_velo.fates import shares
+from pyro_velo.options import FitOptions
+
+EARLY_TO_LATE = [("early", "middle"), ("middle", "late")]
+BINS = 5
+
+
+def options(args: argparse.Namespace, seed: int, *, as_is: bool) -> FitOptions:
+    return FitOptions(
+        likelihood=args.likelihood, times=args.times, rates=args.rates, seed=seed, as_is=as_is, threads=args.threads,
+        max_epochs=args.max_epochs,
+    )  # fmt: skip
+
+
+def recovery(args: argparse.Namespace, data: str, seed: int) -> dict[str, float]:
+    adata = pv.to_anndata(simulate.simulate(args.cells, args.genes, settings=SIMULATIONS[data](), seed=seed))
+    fit = api.fit_adata(adata, options(args, seed, as_is=data not in COUNTED))
+    tallies = pv.coverage_of(fit, adata, progress=False).records[0].tallies
+    covered = {f"{name} {level:.0%}": tallies[name].coverage[level] for name in tallies for level in (0.5, 0.9)}
+    return recovered(adata) | covered
+
+
+def directional(args: argparse.Namespace, data: str, seed: int) -> dict[str, float]:
+    if data in ("pancreas", "permuted"):
+        adata = api.read(PANCREAS)
+        if data == "permuted":
+            _permute(adata, seed)
+    else:
+        settings = simulate.Settings(stationary=True) if data == "stationary" else SIMULATIONS[data]()
+        adata = pv.to_anndata(simulate.simulate(args.cells, args.genes, settings=settings, seed=seed))
+        _neighbours(adata)
+    as_is = data not in ("pancreas", "permuted")
+    fit = api.fit_adata(adata, options(args, seed, as_is=as_is))
+    found = pv.futures.directional(adata, fit, draws=50, seed=seed, progress=False)
+    return {"called": float(found.share)}
+
+
+def planted(args: argparse.Namespace, data: str, seed: int) -> dict[str, float]:
+    adata = pv.to_anndata(simulate.simulate(args.cells, args.genes, settings=SIMULATIONS[data](), seed=seed))
+    rng = np.random.default_rng(seed)
+    turned = rng.choice(adata.n_vars, round(0.2 * adata.n_vars), replace=False)
+    ratio = (adata.var["true_gamma"] / adata.var["true_beta"]).to_numpy()[turned]
+    u, s = (np.asarray(adata.layers[name])[:, turned] for name in ("unspliced", "spliced"))
+    adata.layers["unspliced"][:, turned] = np.clip(2 * ratio * s - u, 0, None)
+    _neighbours(adata)
+    stage = np.digitize(adata.obs["true_t"], (20 / 3, 40 / 3))
+    adata.obs["stage"] = np.array(["early", "middle", "late"])[stage]
+    fit = api.fit_adata(adata, options(args, seed, as_is=True))
+    found = pv.audit(fit, adata, "stage", EARLY_TO_LATE)
+    names = set(adata.var_names[turned]) & set(found.genes)
+    called = set(found.reversed_genes)
+    hits = len(names & called)
+    return {"precision": hits / max(1, len(called)), "recall": hits / len(names), "called": float(len(called))}
+
+
+def fates(args: argparse.Namespace, data: str, seed: int) -> dict[str, float]:
+    settings = SIMULATIONS["bifurcation"]()
+    adata = pv.to_anndata(simulate.simulate(args.cells, args.genes, settings=settings, seed=seed))
+    _neighbours(adata)
+    fit = api.fit_adata(adata, options(args, seed, as_is=True))
+    t, lineage = adata.obs["true_t"].to_numpy(), adata.obs["lineage"].astype(str).to_numpy()
+    names = sorted(set(lineage) - {"trunk"})
+    found = pv.futures.fates(adata, fit, {name: (t > 17) & (lineage == name) for name in names}, progress=False)
+    before = lineage == "trunk"
+    edges = np.quantile(t[before], np.linspace(0, 1, BINS + 1)[1:-1])
+    share = shares(found, {f"bin {k}": before & (np.digitize(t, edges) == k) for k in range(BINS)})
+    # Lineages are equally frequent.
+    truth, first = 1 / len(names), share.states.index(names[0])
+    inside = (share.low[:, first] <= truth) & (truth <= share.high[:, first])
+    return {
+        "covered": float(inside.mean()),
+        "error": float(np.abs(share.mean[:, first] - truth).mean()),
+        "width": float((share.high - share.low)[:, first].mean()),
+    }
+
+
+def _permute(adata: Any, seed: int) -> None:
+    """Each gene's unspliced and spliced counts, each by itself, among the cells of a cluster."""
+    rng = np.random.default_rng(seed)
+    labels = adata.obs["clusters"].to_numpy()
+    for name in ("unspliced", "spliced"):
+        x = adata.layers[name].toarray()
+        for label in np.unique(labels):
+            rows = np.flatnonzero(labels == label)
+            x[rows] = rng.permuted(x[rows], axis=0)
+        adata.layers[name] = x
+    adata.X = adata.layers["spliced"].copy()
+
+
+def _neighbours(adata: Any) -> None:
+    import scanpy as sc
+
+    threads = torch.get_num_threads()
+    adata.obsm["X_pca"] = sc.pp.pca(np.log1p(np.asarray(adata.layers["spliced"])), n_comps=min(30, adata.n_vars - 1))
+    sc.pp.neighbors(adata, use_rep="X_pca")
+    torch.set_num_threads(threads)
+
+
+JOBS = {"recovery": recovery, "directional": directional, "planted": planted, "fates": fates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("--data", nargs="+", default=["recipe"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--cells", type=int, default=1000)
+    parser.add_argument("--genes", type=int, default=300)
+    parser.add_argument("--likelihood", default="normal")
+    parser.add_argument("--times", default="per-gene")
+    parser.add_argument("--rates", default="mean-field")
+    parser.add_argument("--max-epochs", type=int)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for data in args.data:
+        rows = []
+        for seed in args.seeds:
+            start = perf_counter()
+            rows.append(JOBS[args.job](args, data, seed))
+            told = {name: round(value, 4) for name, value in rows[-1].items()}
+            print(json.dumps({"data": data, "seed": seed, "seconds": round(perf_counter() - start)} | told), flush=True)
+        print(
+            f"\n{args.job}, {data}, {len(rows)} seeds: {vars(args)}\n\n| | mean | worst low | worst high |\n|---|---|---|---|"
+        )
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            print(f"| {name} | {np.nanmean(values):.4f} | {min(values):.4f} | {max(values):.4f} |")
+
+
+if __name__ == "__main__":
+    main()
