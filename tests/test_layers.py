@@ -35,11 +35,11 @@ LAYERS: dict[int, set[str]] = {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
         *("transitions", "macrostates", "fates", "directions", "contributions"),
-        *("criticism", "tallies", "calibration", "truth", "prior_draws"),
+        *("criticism", "tallies", "calibration", "truth", "prior_draws", "doctor"),
     },
     4: {
         *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
-        *("futures", "audits", "auditing", "checking", "calibrating"),
+        *("futures", "audits", "auditing", "checking", "calibrating", "diagnosis", "diagnosing"),
         *("__init__", "__main__"),
     },
 }
@@ -52,6 +52,7 @@ SIDEWAYS = {
     ("guides", "rates"),
     ("train", "forensics"),
     ("train", "schedule"),
+    ("checkpoint", "forensics"),
     ("checkpoint", "schedule"),
     ("checkpoint", "train"),
     ("posterior", "train"),
@@ -77,6 +78,11 @@ SIDEWAYS = {
     ("criticism", "evidence"),
     ("criticism", "posterior"),
     ("criticism", "train"),
+    # What is wrong with a fit.
+    ("doctor", "criticism"),
+    ("doctor", "evidence"),
+    ("doctor", "posterior"),
+    ("doctor", "train"),
     ("tallies", "metrics"),
     ("calibration", "tallies"),
     ("truth", "calibration"),
@@ -108,6 +114,11 @@ SIDEWAYS = {
     ("auditing", "audits"),
     ("auditing", "api"),
     ("auditing", "fitting"),
+    ("diagnosis", "plots"),
+    ("diagnosis", "reporting"),
+    ("diagnosing", "api"),
+    ("diagnosing", "diagnosis"),
+    ("diagnosing", "fitting"),
     ("calibrating", "api"),
     ("calibrating", "fitting"),
     ("calibrating", "plots"),
@@ -115,6 +126,7 @@ SIDEWAYS = {
     ("cli", "auditing"),
     ("cli", "calibrating"),
     ("cli", "comparing"),
+    ("cli", "diagnosing"),
     ("cli", "parsing"),
     ("__main__", "cli"),
     # The public names, loaded lazily.
@@ -125,6 +137,8 @@ SIDEWAYS = {
     ("__init__", "checking"),
     ("__init__", "comparing"),
     ("__init__", "comparison"),
+    ("__init__", "diagnosing"),
+    ("__init__", "diagnosis"),
     ("__init__", "fitting"),
     ("__init__", "futures"),
     ("__init__", "plots"),
@@ -302,7 +316,7 @@ def test_the_package_loads_nothing_heavy() -> None:
     assert loaded("-c", f"import {PACKAGE}") & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", [(), ("fit",), ("score",), ("calibrate",), ("audit",)])
+@pytest.mark.parametrize("command", [(), ("fit",), ("score",), ("calibrate",), ("audit",), ("diagnose",)])
 def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     assert loaded("-m", PACKAGE, *command, "--help") & (HEAVY | {"numpy", "rich"}) == set()
 

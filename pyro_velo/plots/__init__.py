@@ -5,6 +5,7 @@ from __future__ import annotations
 from .audit import edge_directions, gene_contributions
 from .calibration import calibration_panels, coverage, crps, ranks
 from .criticism import k_hat, permutation, predictive_check, predictive_checks
+from .diagnosis import bound_by_particles, k_hat_histogram, kl_by_dimension, loss_by_gene
 from .elbo import elbo
 from .embedding import arrows, grid, latent_time, stream, uncertainty
 from .fates import fate_probabilities, fate_probability, fate_shares
@@ -15,6 +16,7 @@ from .rates import rates
 __all__ = [
     "arrows",
     "best_genes",
+    "bound_by_particles",
     "calibration_panels",
     "coverage",
     "crps",
@@ -27,7 +29,10 @@ __all__ = [
     "gene_ranking",
     "grid",
     "k_hat",
+    "k_hat_histogram",
+    "kl_by_dimension",
     "latent_time",
+    "loss_by_gene",
     "permutation",
     "phase_portrait",
     "predictive_check",
