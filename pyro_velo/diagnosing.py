@@ -83,8 +83,9 @@ def _of_bound(found: Tightness | None) -> dict[str, Any]:
 
 
 def _of_genes(found: Genes, names: tuple[str, ...]) -> dict[str, Any]:
-    most = int(found.loss_share.argmax())
+    most, seen = int(found.loss_share.argmax()), int(found.input_share.argmax())
     told: dict[str, Any] = {"loss_share": float(found.loss_share[most]), "loss_gene": names[most], "genes": len(names)}
+    told |= {"input_share": float(found.input_share[seen]), "input_gene": names[seen]}
     told |= {"at_bound": found.at_bound}
     if len(found.noise):
         least = int(found.noise.argmin())

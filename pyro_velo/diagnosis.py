@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pyro_velo import plots
-from pyro_velo.doctor.collapse import Collapse, StateUse
+from pyro_velo.doctor.collapse import DEAD, Collapse, StateUse
 from pyro_velo.doctor.findings import Finding, Measured
 from pyro_velo.doctor.genes import Genes
 from pyro_velo.doctor.tightness import Tightness
@@ -204,7 +204,7 @@ def _rates(found: Genes) -> Section:
 
 def _states(found: StateUse) -> Section:
     rows = [("state", "mean use", "genes in which it is dead")]
-    dead = (found.share < 0.01).mean(1)
+    dead = (found.share < DEAD).mean(1)
     rows += [(name, f"{use:.1%}", f"{d:.0%}") for name, use, d in zip(STATES, found.overall, dead, strict=True)]
     words = f"The mean use of a gene's states has an entropy of {found.entropy.mean():.2f} nats, of at most 1.39."
     return Section("Kinetic states", words, rows=tuple(rows))

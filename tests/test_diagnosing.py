@@ -101,7 +101,7 @@ def test_the_page_loads_nothing_and_says_everything(found: pv.Diagnosis) -> None
         "Rates and priors",
     ):
         assert words.lower() in page.lower()
-    healthy = pv.Diagnosis((), (), found.measured, found.parts).to_html()
+    healthy = pv.Diagnosis((), (), found.measured, None).to_html()
     assert "No finding" in healthy and "finding error" not in healthy
 
 
@@ -226,7 +226,7 @@ def test_diagnose_prints_and_writes_the_same(
     assert "not-converged" in page.read_text()
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "told.json" in line and main([*arguments, "--overwrite"]) == 0
+    assert "told.json" in line
 
 
 def test_bad_input_gets_one_line_and_code_2(

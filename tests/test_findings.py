@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -102,6 +103,9 @@ def test_an_encoder_without_gradient_is_told_from_one_with() -> None:
     assert moved(fitted, cells).encoder == 1.0
     still = {name: state for name, state in fitted.training.optimizer.items() if not name.startswith("encoder")}
     assert moved(replace(fitted, training=replace(fitted.training, optimizer=still)), cells).encoder == 0.0
+    with_own = copy(fitted.guide)
+    with_own.own = (torch.zeros(40, 2), torch.ones(40, 2))
+    assert math.isnan(moved(replace(fitted, guide=with_own), cells).encoder)
     fitted.guide.encoder.eval().requires_grad_(False)
     assert moved(fitted, cells).encoder == 0.0
 
@@ -112,12 +116,13 @@ HEALTHY = Measured(
     numbers=60, looks=30, rise=0.1, rise_error=0.2, swing=0.5, fall=0.1, train_rise=0.2, kl_weight=1.0,
     encoder_moved=1.0, noise_ratio=0.2, told_weight=1.0, told_error=0.05, dimensions=10, active=3, dead_states=0.25,
     without_mean=0.2, iw_gap=1.5, prior_site="alpha", prior_distance=0.5, far_site="beta", far_share=0.003,
-    at_bound=0.0, least_noise=0.05, noise_gene="a", loss_share=0.1, loss_gene="b", genes=30,
+    at_bound=0.0, least_noise=0.05, noise_gene="a", loss_share=0.1, loss_gene="b", input_share=0.05, input_gene="c",
+    genes=30,
 )  # fmt: skip
 
 BEYOND: dict[str, list[dict[str, Any]]] = {
     "nan": [{"not_finite": NotFinite("the loss itself", 7, "Sox9", 3)}],
-    "dominating-genes": [{"loss_share": 0.51}],
+    "dominating-genes": [{"loss_share": 0.51}, {"input_share": 0.51}],
     "learning-rate-too-high": [{"swing": 6.1}],
     "frozen-encoder": [{"encoder_moved": 0.0}, {"encoder_moved": 0.49}],
     "not-converged": [
@@ -135,7 +140,7 @@ BEYOND: dict[str, list[dict[str, Any]]] = {
     "noise-at-floor": [{"least_noise": 9e-4}],
 }
 WITHIN: list[dict[str, Any]] = [
-    {"loss_share": 0.5},
+    {"loss_share": 0.5, "input_share": 0.5},
     {"loss_share": 0.9, "genes": 2},
     {"swing": 6.0},
     {"encoder_moved": 0.5},

@@ -53,7 +53,7 @@ class Widened(Messenger):
 def balance(fitted: Fitted, cells: Cells, *, draws: int = DRAWS, seed: int = 0) -> Balance:
     """Read the KL weight off up to `CELLS` training cells, by gradients of `draws` draws each.
 
-    NaN where q(z | x) is no Normal, hangs on no parameter, or is the prior, where the KL has no slope.
+    NaN where q(z | x) is no Normal, or is the prior, where the KL has no slope.
     """
     settings = fitted.training.settings
     index = split(len(cells), settings.held_out, settings.seed)[0]
@@ -73,18 +73,19 @@ def balance(fitted: Fitted, cells: Cells, *, draws: int = DRAWS, seed: int = 0) 
 
 def _slopes(fitted: Fitted, batch: Batch, names: Sequence[str], left_out: tuple[str, ...]) -> Tensor:
     """The slopes of the log-likelihood and of the KL, summed over cells and dimensions, of one draw: (2,)."""
-    events = {name: drawn_event(fitted, batch, name) for name in names}
-    factors = {name: torch.zeros(event, requires_grad=True) for name, event in events.items()}
+    events = {name: _event(fitted, batch, name) for name in names}
+    like = batch.molecules
+    factors = {name: like.new_zeros(event).requires_grad_() for name, event in events.items()}
     with Widened(factors):
         guide = poutine.trace(fitted.guide).get_trace(batch)
     drawn = taken.Draw(guide, poutine.trace(poutine.replay(fitted.program, trace=guide)).get_trace(batch))
     leaves = list(factors.values())
     explained = torch.autograd.grad(taken.log_likelihood(drawn, left_out).sum(), leaves, retain_graph=True)
     kl = torch.autograd.grad(taken.cells_kl(drawn).sum(), leaves)
-    return torch.stack([sum((each.sum() for each in part), torch.zeros(())).double() for part in (explained, kl)])
+    return torch.stack([torch.cat([each.flatten() for each in part]).double().sum() for part in (explained, kl)]).cpu()
 
 
-def drawn_event(fitted: Fitted, batch: Batch, name: str) -> torch.Size:
+def _event(fitted: Fitted, batch: Batch, name: str) -> torch.Size:
     """The event shape of a site of the guide."""
     with torch.no_grad():
         return poutine.trace(fitted.guide).get_trace(batch).nodes[name]["fn"].event_shape

@@ -4,7 +4,7 @@ $$E_x[\mathrm{KL}(q(z \mid x)\,\|\,p(z))] = I_q(x; z) + \mathrm{KL}(q(z)\,\|\,p(
 q(z) = \tfrac1N \sum_n q(z \mid x_n)$$
 
 References: Burda et al. 2016, Importance weighted autoencoders, section 5 (active units); Hoffman & Johnson 2016, ELBO
-surgery, eq. 7.
+surgery: yet another way to carve up the variational evidence lower bound.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Collapse:
 
     @property
     def share_used(self) -> Array:
-        """`use` as a share of `use_all`, (d,): shares of dimensions that stand in for each other sum to less than 1."""
-        return self.use / self.use_all
+        """`use` as a share of `use_all`, (d,); NaN where that is 0."""
+        return self.use / (self.use_all or math.nan)
 
 
 @torch.no_grad()
@@ -137,10 +137,10 @@ def _use(fitted: Fitted, batch: Batch, names: tuple[str, ...], left_out: tuple[s
     order = torch.randperm(len(z), device=z.device)
     other = torch.empty_like(order)
     other[order] = order.roll(1)
-    state = torch.get_rng_state()
+    seed = int(torch.randint(2**62, ()))
 
     def explained(at: Tensor) -> Tensor:
-        torch.set_rng_state(state)
+        torch.manual_seed(seed)
         again = taken.draw(fitted, batch, shared | taken.of_dimensions(drawn, names, at))
         return taken.log_likelihood(again, left_out).sum(1)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_velo.batch import Cells
 from pyro_velo.doctor import draws as taken
 from pyro_velo.evidence import conditions
+from pyro_velo.guides import AmortizedProgram
 from pyro_velo.train import Fitted, Training, TrainSettings, split
 
 Array = NDArray[np.float64]
@@ -116,9 +117,9 @@ class Moved:
     r"""What the optimiser remembers of gradients, of which it keeps running means m (of g) and v (of g^2).
 
     `encoder`: the share of the parameters that q(z | x) hangs on whose v is above 0: the others never had a gradient. 0
-    where it hangs on none. `noise_ratio`: $\sqrt{\overline{m^2 / v}}$ over all parameters, both freed of their start at
-    0: 1 where gradients agree from step to step, and $\sqrt{(1 - b) / (1 + b)} = 0.23$ where they are noise alone, for
-    the memory b = 0.9 of m.
+    where it hangs on none, NaN where cells have a q(z) of their own (`refinement`). `noise_ratio`:
+    $\sqrt{\overline{m^2 / v}}$ over all parameters, both freed of their start at 0: 1 where gradients agree from step
+    to step, and $\sqrt{(1 - b) / (1 + b)} = 0.23$ where they are noise alone, for the memory b = 0.9 of m.
 
     Reference: Kingma & Ba 2015, section 2 and 3.
     """
@@ -129,6 +130,10 @@ class Moved:
 
 def moved(fitted: Fitted, cells: Cells) -> Moved:
     """Which parameters of a fit had gradients, and how noisy these were at its end."""
+    kept = {name: _memory(state) for name, state in fitted.training.optimizer.items()}
+    noise = _noise_ratio(kept)
+    if isinstance(fitted.guide, AmortizedProgram) and fitted.guide.own is not None:
+        return Moved(math.nan, noise)
     device = cells.molecules.device
     with conditions(fitted, cells, 0), torch.enable_grad():
         drawn = taken.draw(fitted, cells.batch(torch.arange(min(2, len(cells)), device=device)))
@@ -138,8 +143,7 @@ def moved(fitted: Fitted, cells: Cells) -> Moved:
         q = [x for name in names for x in taken.moments(taken.bare(drawn.guide.nodes[name]["fn"]))]
         used = _used(q, list(named.values()))
     encoder = [name for name, hangs in zip(named, used, strict=True) if hangs]
-    kept = {name: _memory(state) for name, state in fitted.training.optimizer.items()}
-    return Moved(_with_gradient(encoder, named, kept), _noise_ratio(kept))
+    return Moved(_with_gradient(encoder, named, kept), noise)
 
 
 def _used(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[bool]:

@@ -40,8 +40,8 @@ class Measured:
     `StateUse.dead`. `without_mean`: the share of cells with a k-hat above 1, and `iw_gap` the mean gap in nats.
     `prior_site` is the one whose median gene is the furthest from its prior, by `prior_distance` prior sds;
     `far_site` the one with the largest share, `far_share`, of genes beyond three, among those whose median is not;
-    `at_bound`: the share of switching times. `least_noise` in units of the range of `noise_gene`. `loss_share` is that
-    of `loss_gene`, of `genes` genes.
+    `at_bound`: the share of switching times. `least_noise` in units of the range of `noise_gene`. `loss_share` and
+    `input_share` are those of `loss_gene` and `input_gene`, the largest of `genes` genes.
     """
 
     numbers: int = 1
@@ -71,6 +71,8 @@ class Measured:
     noise_gene: str = ""
     loss_share: float = math.nan
     loss_gene: str = ""
+    input_share: float = math.nan
+    input_gene: str = ""
     genes: int = 0
     not_finite: NotFinite | None = None
 
@@ -87,7 +89,7 @@ SURE = 3.0
 
 THRESHOLDS: dict[str, Threshold] = {
     NAN: Threshold(0.0, "a density of NaN compares with nothing"),
-    DOMINATING: Threshold(0.5, "one gene's cells vary more in log-likelihood than those of all other genes together"),
+    DOMINATING: Threshold(0.5, "one gene weighs more than all other genes together"),
     RATE: Threshold(0.1, "nats a measured number: between looks the density of each changes by a tenth"),
     FROZEN: Threshold(0.5, "half of the encoder's parameters never had a gradient; all have one in an encoder at work"),
     SHORT: Threshold(0.02, "nats a number, 2 % of its density, in the last third of looks at the full learning rate"),
@@ -160,9 +162,13 @@ def not_finite(m: Measured) -> Finding | None:
 
 def dominating_genes(m: Measured) -> Finding | None:
     """One of several genes outweighs all others together."""
-    if m.genes > 2 and m.loss_share > THRESHOLDS[DOMINATING].value:
+    limit = THRESHOLDS[DOMINATING].value
+    if m.genes > 2 and m.loss_share > limit:
         words = f"Gene {m.loss_gene} makes {m.loss_share:.0%} of the cells' differences in log-likelihood."
         return _found(DOMINATING, m.loss_share, words, "error")
+    if m.genes > 2 and m.input_share > limit:
+        words = f"Gene {m.input_gene} makes {m.input_share:.0%} of what the encoder sees, and of its first gradient."
+        return _found(DOMINATING, m.input_share, words, "error")
     return None
 
 

@@ -56,12 +56,14 @@ class Genes:
     r"""Figures of the G fitted genes.
 
     `loss_share` (G,): $\mathrm{Var}_n \log p(x_{ng}) / \sum_h \mathrm{Var}_n \log p(x_{nh})$, which no unit of a gene
-    changes that its noise follows. `sites`: those with a proper prior. `at_bound`: the share of switching times within
-    0.2 of 0 or of 20. `noise` (G,): the smaller sd of a gene's molecules, in units of its range; empty where the
-    likelihood has none.
+    changes that its noise follows. `input_share` (G,): of the mean square of what an encoder sees, and so of the
+    squared gradient of its first layer, which is that times the gradient of the layer's outputs. `sites`: those with a
+    proper prior. `at_bound`: the share of switching times within 0.2 of 0 or of 20. `noise` (G,): the smaller sd of a
+    gene's molecules, in units of its range; empty where the likelihood has none.
     """
 
     loss_share: Array
+    input_share: Array
     sites: tuple[Site, ...]
     at_bound: float
     noise: Array
@@ -84,7 +86,10 @@ def genes(fitted: Fitted, cells: Cells, *, seed: int = 0) -> Genes:
         }
         sites = [found for name, x in values.items() if (found := _site(name, x, priors[name]["fn"])) is not None]
     spread = torch.cat(looks).var(0)
-    return Genes((spread / spread.sum()).cpu().numpy(), tuple(sites), _at_bound(values), _noise(values))
+    seen = cells.batch(index.to(cells.molecules.device)).seen[:, : 2 * cells.n_genes].double()
+    squares = seen.square().mean(0).unflatten(0, (2, -1)).sum(0)
+    shares = ((each / each.sum()).cpu().numpy() for each in (spread, squares))
+    return Genes(*shares, tuple(sites), _at_bound(values), _noise(values))
 
 
 def _site(name: str, posterior: Tensor, prior: Any) -> Site | None:
