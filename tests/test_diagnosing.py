@@ -141,6 +141,7 @@ def test_a_gene_in_another_unit_is_named() -> None:
     found = pv.diagnose(fitted(change=scaled))
     assert found.codes == ("dominating-genes",)
     assert found.measured.loss_gene == "gene_2" and found.measured.loss_share > 0.99
+    assert found.measured.input_gene == "gene_2" and found.measured.input_share > 0.999
 
 
 def test_a_fit_that_met_nan_is_told_by_its_error_and_by_what_it_left(tmp_path: Path) -> None:

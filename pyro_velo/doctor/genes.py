@@ -55,8 +55,8 @@ class Site:
 class Genes:
     r"""Figures of the G fitted genes.
 
-    `loss_share` (G,): $\mathrm{Var}_n \log p(x_{ng}) / \sum_h \mathrm{Var}_n \log p(x_{nh})$, which no unit of a gene
-    changes that its noise follows. `input_share` (G,): of the mean square of what an encoder sees, and so of the
+    `loss_share` (G,): of the mean absolute deviation of $\log p(x_{ng})$ over cells n, which no unit of a gene changes
+    that its noise follows. `input_share` (G,): of the mean square of what an encoder sees, and so of the
     squared gradient of its first layer, which is that times the gradient of the layer's outputs. `sites`: those with a
     proper prior. `at_bound`: the share of switching times within 0.2 of 0 or of 20. `noise` (G,): the smaller sd of a
     gene's molecules, in units of its range; empty where the likelihood has none.
@@ -85,11 +85,13 @@ def genes(fitted: Fitted, cells: Cells, *, seed: int = 0) -> Genes:
             name: torch.stack([each[name] for each in drawn]) for name in taken.shared_values(taken.draw(fitted, first))
         }
         sites = [found for name, x in values.items() if (found := _site(name, x, priors[name]["fn"])) is not None]
-    spread = torch.cat(looks).var(0)
+    found = torch.cat(looks)
+    # Not the variance, which a few outlying cells of one gene would make up.
+    spread = (found - found.mean(0)).abs().mean(0)
     seen = cells.batch(index.to(cells.molecules.device)).seen[:, : 2 * cells.n_genes].double()
     squares = seen.square().mean(0).unflatten(0, (2, -1)).sum(0)
-    shares = ((each / each.sum()).cpu().numpy() for each in (spread, squares))
-    return Genes(*shares, tuple(sites), _at_bound(values), _noise(values))
+    loss_share, input_share = ((each / each.sum()).cpu().numpy() for each in (spread, squares))
+    return Genes(loss_share, input_share, tuple(sites), _at_bound(values), _noise(values))
 
 
 def _site(name: str, posterior: Tensor, prior: Any) -> Site | None:
