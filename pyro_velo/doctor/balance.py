@@ -53,7 +53,7 @@ class Widened(Messenger):
 def balance(fitted: Fitted, cells: Cells, *, draws: int = DRAWS, seed: int = 0) -> Balance:
     """Read the KL weight off up to `CELLS` training cells, by gradients of `draws` draws each.
 
-    NaN where q(z | x) is no Normal, or is the prior, where the KL has no slope.
+    NaN where q(z | x) is no Normal, or is the prior, where the KL has no slope, and below 0, which no optimum has.
     """
     settings = fitted.training.settings
     index = split(len(cells), settings.held_out, settings.seed)[0]
@@ -96,6 +96,6 @@ def _ratio(slopes: Tensor) -> Balance:
     explained, kl = slopes.T
     weight = explained.mean() / kl.mean()
     root = math.sqrt(len(slopes))
-    if not abs(kl.mean()) > 3 * kl.std() / root:
+    if weight < 0 or not abs(kl.mean()) > 3 * kl.std() / root:
         return Balance(math.nan, math.nan)
     return Balance(weight.item(), ((explained - weight * kl).std() / root / kl.mean().abs()).item())

@@ -85,9 +85,9 @@ def genes(fitted: Fitted, cells: Cells, *, seed: int = 0) -> Genes:
             name: torch.stack([each[name] for each in drawn]) for name in taken.shared_values(taken.draw(fitted, first))
         }
         sites = [found for name, x in values.items() if (found := _site(name, x, priors[name]["fn"])) is not None]
-    found = torch.cat(looks)
+    explained = torch.cat(looks)
     # Not the variance, which a few outlying cells of one gene would make up.
-    spread = (found - found.mean(0)).abs().mean(0)
+    spread = (explained - explained.mean(0)).abs().mean(0)
     seen = cells.batch(index.to(cells.molecules.device)).seen[:, : 2 * cells.n_genes].double()
     squares = seen.square().mean(0).unflatten(0, (2, -1)).sum(0)
     loss_share, input_share = ((each / each.sum()).cpu().numpy() for each in (spread, squares))
