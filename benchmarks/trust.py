@@ -155,9 +155,8 @@ def main() -> None:
             rows.append(JOBS[args.job](args, data, seed))
             told = {name: round(value, 4) for name, value in rows[-1].items()}
             print(json.dumps({"data": data, "seed": seed, "seconds": round(perf_counter() - start)} | told), flush=True)
-        print(
-            f"\n{args.job}, {data}, {len(rows)} seeds: {vars(args)}\n\n| | mean | worst low | worst high |\n|---|---|---|---|"
-        )
+        print(f"\n{args.job}, {data}, {len(rows)} seeds: {vars(args)}\n")
+        print("| | mean | lowest | highest |\n|---|---|---|---|")
         for name in rows[0]:
             values = [row[name] for row in rows]
             print(f"| {name} | {np.nanmean(values):.4f} | {min(values):.4f} | {max(values):.4f} |")

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from pyro_velo.data import read as read
     from pyro_velo.data import to_anndata as to_anndata
     from pyro_velo.data.bridge import velocity_data as velocity_data
+    from pyro_velo.diagnosing import diagnose as diagnose
+    from pyro_velo.diagnosis import Diagnosis as Diagnosis
     from pyro_velo.errors import InputError as InputError
     from pyro_velo.fitting import Fit as Fit
     from pyro_velo.fitting import fit as fit
@@ -91,6 +93,8 @@ _NAMES = {
     "read": "data",
     "to_anndata": "data",
     "velocity_data": "data.bridge",
+    "diagnose": "diagnosing",
+    "Diagnosis": "diagnosis",
     "InputError": "errors",
     "Fit": "fitting",
     "fit": "fitting",

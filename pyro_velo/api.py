@@ -28,7 +28,7 @@ from pyro_velo.data.bridge import velocity_data
 from pyro_velo.data.checks import MAX_UNSPLICED_RATIO, NO_LIMIT
 from pyro_velo.data.covariates import design
 from pyro_velo.errors import InputError
-from pyro_velo.fitting import Fit, fit
+from pyro_velo.fitting import Fit, fit, load
 from pyro_velo.flow import units_of_range
 from pyro_velo.guides import Amortized
 from pyro_velo.likelihoods import LIKELIHOODS
@@ -101,6 +101,20 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
     )  # fmt: skip
     fitted.write(adata, draws=options.draws, overwrite=options.overwrite)
     return fitted
+
+
+def kept_fit(folder: Path, path: Path, options: FitOptions) -> tuple[Fit, AnnData]:
+    """The fit that `pyro-velo fit --save` left in `folder`, with the AnnData that it wrote to `path`.
+
+    That one has the layers and the genes of the fit; `options` name its parts. Raises `InputError` as `fitting.load`.
+    """
+    adata = read(path)
+    model, guide = recipes(options)
+    spliced, unspliced = keys.fitted_layers(adata.uns, adata.layers.keys())
+    # Counts are of the raw layers, whether or not preprocessing has smoothed them for the start values.
+    as_is = spliced != keys.MS and not (model.likelihood.counts and keys.MS in adata.layers)
+    given = {"batch_key": options.batch_key, "covariates": options.covariates}
+    return load(folder, model, guide, adata, as_is=as_is, spliced=spliced, unspliced=unspliced, **given), adata
 
 
 def depth_for(*likelihoods: str) -> Depth:

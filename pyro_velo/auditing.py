@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyro_velo import embedding
-from pyro_velo.api import recipes
+from pyro_velo.api import kept_fit
 from pyro_velo.audits import MAJORITY, MARGIN, Audit, EdgeAudit
 from pyro_velo.contributions import (
     Agreement,
@@ -29,12 +29,10 @@ from pyro_velo.contributions import (
     flow_without_each,
     surely_negative,
 )
-from pyro_velo.data import anndata_keys as keys
-from pyro_velo.data import read
 from pyro_velo.data.bridge import check_same
 from pyro_velo.data.checks import check_key, check_known, checked_labels
 from pyro_velo.errors import InputError
-from pyro_velo.fitting import Fit, load
+from pyro_velo.fitting import Fit
 from pyro_velo.options import FitOptions
 from pyro_velo.posterior import check_draws
 
@@ -115,13 +113,7 @@ def audit_file(
     That one has the layers, the genes and the neighbour graph of the fit; `options` name its parts, and the draws.
     Raises `InputError` as `audit` and `fitting.load`.
     """
-    adata = read(path)
-    model, guide = recipes(options)
-    spliced, unspliced = keys.fitted_layers(adata.uns, adata.layers.keys())
-    # Counts are of the raw layers, whether or not preprocessing has smoothed them for the start values.
-    as_is = spliced != keys.MS and not (model.likelihood.counts and keys.MS in adata.layers)
-    given = {"batch_key": options.batch_key, "covariates": options.covariates}
-    fit = load(folder, model, guide, adata, as_is=as_is, spliced=spliced, unspliced=unspliced, **given)
+    fit, adata = kept_fit(folder, path, options)
     return audit(fit, adata, clusters, edges, draws=options.draws)
 
 

@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_velo.errors import InputError
+from pyro_velo.forensics import NonFiniteError
 from pyro_velo.schedule import Plateau
 from pyro_velo.train import History, Training, TrainSettings
 
 FILE = "checkpoint.safetensors"
 BESIDE = "checkpoint.json"
+FAILURE = "failure.json"
 FORMAT = 1
 
 
@@ -50,6 +52,7 @@ def save(training: Training, folder: str | Path, *, about: dict[str, Any] | None
         _rename(partial, folder / FILE)
         partial.write_text(json.dumps({k: v for k, v in header.items() if k != "optimizer"}, indent=1))
         _rename(partial, folder / BESIDE)
+        (folder / FAILURE).unlink(missing_ok=True)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -80,6 +83,34 @@ def load(folder: str | Path) -> tuple[Training, dict[str, Any]]:
             "Use the version of pyro_velo that wrote it, or start again without it."
         )
     return training, header["about"]
+
+
+def note_failure(error: NonFiniteError, folder: str | Path) -> None:
+    """Write beside the last good checkpoint, if there is one, where a run met NaN; the next `save` takes it away."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    epoch = load(folder)[0].epoch if (folder / FILE).is_file() else None
+    told = {"what": error.culprit.what, "step": error.step, "gene": error.gene_or_number, "checkpoint_epoch": epoch}
+    partial = folder / f".{FAILURE}.{os.getpid()}.partial"
+    partial.write_text(json.dumps(told))
+    _rename(partial, folder / FAILURE)
+
+
+def failure(folder: str | Path) -> dict[str, Any] | None:
+    """What `note_failure` wrote; None where the last run of a folder did not end in NaN.
+
+    Raises `InputError` for a file that holds anything else.
+    """
+    path = Path(folder) / FAILURE
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read ({error}). Remove it.") from error
+    if not isinstance(told, dict) or set(told) != {"what", "step", "gene", "checkpoint_epoch"}:
+        raise InputError(f"Expected what, step, gene and checkpoint_epoch in {path}; got {told!r}. Remove it.")
+    return told
 
 
 def _training(header: dict[str, Any], tensors: dict[str, Tensor]) -> Training:

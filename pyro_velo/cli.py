@@ -334,6 +334,42 @@ def audit(
     typer.echo(auditing.audit_file(folder, data, clusters, pairs, options).table())
 
 
+@app.command()
+def diagnose(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, help="What `fit --save` kept.")],
+    data: Annotated[Path, typer.Argument(metavar="IN", exists=True, help="The AnnData that this fit wrote.")],
+    json_file: Json = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures as well.")] = None,
+    likelihood: Likelihood = FitOptions.likelihood,
+    states: States = FitOptions.states,
+    rates: Rates = FitOptions.rates,
+    times: Times = FitOptions.times,
+    transcription: Transcription = FitOptions.transcription,
+    batch_key: BatchKey = None,
+    covariate: Covariates = None,
+    prior: PriorTexts = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Say what is wrong with a fit, and what to do about it.
+
+    The parts are to be named as they were to fit.
+    """
+    options = FitOptions(
+        likelihood=likelihood,
+        states=states,
+        rates=rates,
+        times=times,
+        transcription=transcription,
+        batch_key=batch_key,
+        covariates=tuple(covariate or ()),
+        priors=tuple(prior or ()),
+        overwrite=overwrite,
+    )
+    from pyro_velo import diagnosing
+
+    typer.echo(diagnosing.diagnose_file(folder, data, options, json=json_file, html=html).table())
+
+
 def say_if_interrupted(fitted: Fit) -> None:
     """One line on stderr where Ctrl-C ended the training: what was written is the best that was found until then."""
     if fitted.interrupted:

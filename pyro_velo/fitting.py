@@ -205,7 +205,10 @@ def fit(
             progress=progress,
         )
     except NonFiniteError as error:
-        raise error.named(data.gene_names) from None
+        named = error.named(data.gene_names)
+        if save:
+            checkpoint.note_failure(named, save)
+        raise named from None
     if not fitted.interrupted:
         fitted = couple(fitted, data.cells, seed=seed, progress=progress)
     return Fit(fitted, data, recipe)

@@ -24,12 +24,17 @@ class NonFiniteError(FitError):
     """The loss or a gradient is NaN or infinite; says at which step, site and gene."""
 
     def __init__(self, culprit: Culprit, *, step: int, gene_name: str | None = None) -> None:
-        self.culprit, self.step = culprit, step
-        gene = "" if culprit.gene is None else f", gene {gene_name or f'number {culprit.gene}'}"
+        self.culprit, self.step, self.gene_name = culprit, step, gene_name
+        gene = "" if culprit.gene is None else f", gene {self.gene_or_number}"
         super().__init__(
             f"Expected finite numbers; got NaN or infinity at step {step}, {culprit.what}{gene}. "
             "Look at that gene's layers, or lower the learning rate."
         )
+
+    @property
+    def gene_or_number(self) -> str | None:
+        """The gene's name, or where that is not known its position; None where no gene is to blame."""
+        return self.gene_name or (None if self.culprit.gene is None else f"number {self.culprit.gene}")
 
     def named(self, gene_names: list[str]) -> NonFiniteError:
         """The same error with the gene's name."""

@@ -40,7 +40,7 @@ LAYERS: dict[int, set[str]] = {
     },
     4: {
         *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
-        *("futures", "audits", "auditing", "checking", "calibrating"),
+        *("futures", "audits", "auditing", "checking", "calibrating", "diagnosis", "diagnosing"),
         *("__init__", "__main__"),
     },
 }
@@ -61,6 +61,7 @@ SIDEWAYS = {
     ("doctor", "schedule"),
     ("doctor", "train"),
     ("train", "schedule"),
+    ("checkpoint", "forensics"),
     ("checkpoint", "schedule"),
     ("checkpoint", "train"),
     ("posterior", "train"),
@@ -90,6 +91,9 @@ SIDEWAYS = {
     ("criticism", "evidence"),
     ("criticism", "posterior"),
     ("criticism", "train"),
+    # What is wrong with a fit.
+    ("doctor", "criticism"),
+    ("doctor", "posterior"),
     ("tallies", "metrics"),
     ("calibration", "tallies"),
     ("truth", "calibration"),
@@ -121,6 +125,11 @@ SIDEWAYS = {
     ("auditing", "audits"),
     ("auditing", "api"),
     ("auditing", "fitting"),
+    ("diagnosis", "plots"),
+    ("diagnosis", "reporting"),
+    ("diagnosing", "api"),
+    ("diagnosing", "diagnosis"),
+    ("diagnosing", "fitting"),
     ("calibrating", "api"),
     ("calibrating", "fitting"),
     ("calibrating", "plots"),
@@ -128,6 +137,7 @@ SIDEWAYS = {
     ("cli", "auditing"),
     ("cli", "calibrating"),
     ("cli", "comparing"),
+    ("cli", "diagnosing"),
     ("cli", "parsing"),
     ("__main__", "cli"),
     # The public names, loaded lazily.
@@ -138,6 +148,8 @@ SIDEWAYS = {
     ("__init__", "checking"),
     ("__init__", "comparing"),
     ("__init__", "comparison"),
+    ("__init__", "diagnosing"),
+    ("__init__", "diagnosis"),
     ("__init__", "fitting"),
     ("__init__", "futures"),
     ("__init__", "plots"),
@@ -315,7 +327,7 @@ def test_the_package_loads_nothing_heavy() -> None:
     assert loaded("-c", f"import {PACKAGE}") & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", [(), ("fit",), ("score",), ("calibrate",), ("audit",)])
+@pytest.mark.parametrize("command", [(), ("fit",), ("score",), ("calibrate",), ("audit",), ("diagnose",)])
 def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     assert loaded("-m", PACKAGE, *command, "--help") & (HEAVY | {"numpy", "rich"}) == set()
 

@@ -1,1 +1,1 @@
-"""The ELBO doctor: what the bound of a fit is made of, which way its gradients flow, and what ails it."""
+"""The ELBO doctor: what a bound is made of, which way its gradients flow, and the rules that say what ails a fit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .audit import edge_directions, gene_contributions
 from .calibration import calibration_panels, coverage, crps, ranks
 from .criticism import k_hat, permutation, predictive_check, predictive_checks
+from .diagnosis import bound_by_particles, k_hat_histogram, kl_by_dimension, loss_by_gene
 from .directional import directional_null, p_directional
 from .doctor import elbo_term, elbo_terms, gradient_flow, gradient_record, range_test
 from .elbo import elbo
@@ -17,6 +18,7 @@ from .rates import rates
 __all__ = [
     "arrows",
     "best_genes",
+    "bound_by_particles",
     "calibration_panels",
     "coverage",
     "crps",
@@ -34,7 +36,10 @@ __all__ = [
     "gradient_record",
     "grid",
     "k_hat",
+    "k_hat_histogram",
+    "kl_by_dimension",
     "latent_time",
+    "loss_by_gene",
     "p_directional",
     "permutation",
     "phase_portrait",
