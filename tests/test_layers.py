@@ -25,17 +25,22 @@ LAYERS: dict[int, set[str]] = {
         "special",
         "densities",
         "batch",
+        "profiles",
         "nn",
         "compiled",
         "data.anndata_keys",
     },
-    1: {"priors", "likelihoods", "states", "initial", "mixture", "times", "transcription"},
-    2: {"models", "rates", "guides"},
+    1: {
+        *("priors", "likelihoods", "states", "initial", "mixture", "times", "transcription"),
+        *("emission", "gaussian_mixture", "cluster_sizes", "assignments"),
+    },
+    2: {"models", "rates", "guides", "encoders"},
     3: {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
         *("transitions", "macrostates", "fates", "directions", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
+        *("latent", "clustering", "agreement"),
     },
     4: {
         *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
@@ -48,7 +53,11 @@ LAYER = {module: layer for layer, modules in LAYERS.items() for module in module
 
 SIDEWAYS = {
     ("densities", "special"),
+    ("emission", "likelihoods"),
+    ("assignments", "gaussian_mixture"),
+    ("assignments", "states"),
     ("guides", "models"),
+    ("encoders", "models"),
     ("guides", "rates"),
     ("train", "forensics"),
     ("train", "schedule"),
@@ -87,6 +96,11 @@ SIDEWAYS = {
     ("prior_draws", "data"),
     ("prior_draws", "truth"),
     ("preprocess", "data"),
+    # Autoencoders: what a fit says of cells, and fits with clusters.
+    ("latent", "train"),
+    ("clustering", "evidence"),
+    ("clustering", "latent"),
+    ("clustering", "train"),
     ("data", "simulate"),
     ("reporting", "plots"),
     ("api", "fitting"),
