@@ -1,4 +1,4 @@
-r"""How a cell's cluster y is inferred: summed exactly, or by a network, with the probabilities of clusters integrated out.
+r"""How a cell's cluster y is inferred: summed exactly, or by a network, the probabilities of clusters integrated out.
 
 The talk on c*GM$\Delta$VAE (Kolb 2023) gives each cell probabilities $d \sim \mathrm{Dir}(\alpha)$ of its own, with
 $y \sim \mathrm{Cat}(d)$. One y says little of its d: p(y) = 1/K whatever $\alpha$ is.
@@ -64,13 +64,15 @@ class Exact(Assignment):
 
 @dataclass(frozen=True)
 class Entropy(Assignment):
-    r"""q(y | z) = Cat(f(z)), and q(d) where it is best, $\mathrm{Dir}(\alpha + q(y))$: what is left of both is
+    r"""q(y | z) = Cat(f(z)), and q(d) where it is best, $\mathrm{Dir}(\alpha + q(y))$.
+
+    What is left of both is
 
     $$R_\alpha(q) = H(q) + \sum_k \log\frac{\Gamma(\alpha + q_k)}{\Gamma(\alpha)} - \log K\alpha,$$
 
     which is $-\log K$ for a cell that is sure of its cluster, and never above 0. A large $\alpha$ makes it the KL from
     equally likely clusters; a small one makes doubt dear.
-    """  # noqa: D400, D415
+    """
 
     alpha: float = 1.0
     heads = 1
@@ -81,14 +83,14 @@ class Entropy(Assignment):
 
     def prior(self, mixture: GaussianMixture, outputs: Tensor, allowed: Tensor | None) -> TorchDistribution:
         """The bound that q(y) gives."""
-        q = _known(outputs[..., 0, :].softmax(-1), allowed)
-        return BoundedMixture(mixture, q, self.regulariser(q))
+        q, entropy = _known(outputs[..., 0, :], allowed)
+        return BoundedMixture(mixture, q, self.regulariser(q, entropy))
 
-    def regulariser(self, q: Tensor) -> Tensor:
-        """R of probabilities (..., K), (...,)."""
+    def regulariser(self, q: Tensor, entropy: Tensor) -> Tensor:
+        """R of probabilities (..., K) of that entropy (...,)."""
         k = q.shape[-1]
         ways = torch.lgamma(self.alpha + q).sum(-1) - k * math.lgamma(self.alpha)
-        return torch.special.entr(q).sum(-1) + ways - math.log(k * self.alpha)
+        return entropy + ways - math.log(k * self.alpha)
 
     def log_q(self, mixture: GaussianMixture, z: Tensor, outputs: Tensor) -> Tensor:
         """What the network says."""
@@ -111,9 +113,9 @@ class PerCell(Assignment):
 
     def prior(self, mixture: GaussianMixture, outputs: Tensor, allowed: Tensor | None) -> TorchDistribution:
         """The bound that q(y) and q(d) give."""
-        q = _known(outputs[..., 0, :].softmax(-1), allowed)
+        q, entropy = _known(outputs[..., 0, :], allowed)
         kl, expected_log = dirichlet_kl((softplus(outputs[..., 1, :]) + 1e-3).movedim(-1, 0), self.alpha)
-        rest = (q * expected_log.movedim(0, -1)).sum(-1) + torch.special.entr(q).sum(-1) - kl
+        rest = (q * expected_log.movedim(0, -1)).sum(-1) + entropy - kl
         return BoundedMixture(mixture, q, rest)
 
     def log_q(self, mixture: GaussianMixture, z: Tensor, outputs: Tensor) -> Tensor:
@@ -130,8 +132,13 @@ def _check(alpha: float) -> None:
         raise InputError(f"Expected a Dirichlet concentration alpha > 0; got {alpha}. 1 is flat.")
 
 
-def _known(q: Tensor, allowed: Tensor | None) -> Tensor:
-    """q, but where a single cluster is allowed the cell is of that one."""
+def _known(logits: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a network says, q (..., K), and its entropy (...,): none where a single cluster is allowed."""
+    log_q = logits.log_softmax(-1)
+    # Not through log(q), whose gradient is infinite where a probability underflows.
+    q = log_q.exp()
+    entropy = -(q * log_q).sum(-1)
     if allowed is None:
-        return q
-    return torch.where(allowed.sum(-1, keepdim=True) == 1, allowed.to(q), q)
+        return q, entropy
+    certain = allowed.sum(-1, keepdim=True) == 1
+    return torch.where(certain, allowed.to(q), q), torch.where(certain.squeeze(-1), 0.0, entropy)

@@ -1,8 +1,8 @@
 r"""Fits of models with clusters: where they start, which of several starts is kept, and how many clusters there are.
 
-A mixture in a latent space that is being learned has poor optima everywhere: all cells in one component, or one cluster
-in two. So a fit starts from a short `VAE`, in whose latent space a Gaussian mixture is found by EM, and goes on from the
-networks of the one and the components of the other (Jiang et al. 2017, VaDE).
+A mixture in a latent space that is being learned has poor optima everywhere: all cells in one component, or a cluster
+in two. So a fit starts from a short `VAE`, in whose latent space a Gaussian mixture is found by EM, and goes on from
+the networks of the one and the components of the other (Jiang et al. 2017, VaDE).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pyro_velo.latent import latent_means
 from pyro_velo.models.base import Guide, Model
 from pyro_velo.models.cgmdvae import CGMDVAE
 from pyro_velo.models.gmvae import GMVAE
+from pyro_velo.models.mixing import check_clusters
 from pyro_velo.models.vae import VAE
 from pyro_velo.profiles import Profiles
 from pyro_velo.train import Fitted, TrainSettings, train
@@ -119,10 +120,12 @@ class Started:
         start: StartSettings,
         progress: bool | None = None,
     ) -> Started:
-        """Train the VAE that shares the networks of `model` and `guide`."""
+        """Train the VAE that shares the networks of `model` and `guide`; `settings.max_epochs` holds for it too."""
+        # At once, and not after a VAE.
+        check_clusters(model.n_clusters, cells)
         guide = guide or (PerCluster() if getattr(model, "enumerated", False) else Encoder())
-        vae = VAE(model.likelihood, model.n_latent, model.hidden, model.decoded)
-        short = replace(settings, max_epochs=None, max_steps=start.vae_steps)
+        vae = VAE(model.likelihood, model.n_latent, model.hidden, model.decoded, model.interactions)
+        short = replace(settings, max_steps=start.vae_steps)
         fitted = train(vae, Encoder(guide.hidden), cells, settings=short, elbo=elbo_for(vae), progress=progress)
         return cls(cells, fitted, latent_means(fitted, cells), guide, settings, start, progress)
 
@@ -273,8 +276,8 @@ def _merged(
 class NumberOfClusters:
     """Held-out bounds against the number of clusters, in nats per cell.
 
-    `differences` are to the best number, paired by cell: mean and standard error, 0 for the best itself. `choice` is the
-    smallest number within a standard error of it.
+    `differences` are to the best number, paired by cell: mean and standard error, 0 for the best itself. `choice` is
+    the smallest number within a standard error of it.
     """
 
     candidates: tuple[int, ...]

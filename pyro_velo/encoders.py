@@ -2,7 +2,7 @@ r"""The guides of the autoencoders: networks that look at a cell's profile once 
 
 | guide | of | sites |
 |---|---|---|
-| `Encoder` | `VAE`, `GMVAE`, `CGMDVAE` | $q(z \mid x, c)$; with a w $q(w \mid x, c)$; with a network of y, what it says of z |
+| `Encoder` | `VAE`, `GMVAE`, `CGMDVAE` | $q(z \mid x, c)$; $q(w \mid x, c)$ of a w; what a network of y says of z |
 | `PerCluster` | `GMVAE(enumerated=True)` | $q(y \mid x, c)\, q(z \mid x, y, c)$, for `TraceEnum_ELBO` |
 """
 

@@ -51,7 +51,7 @@ class ProfileBatch:
         return torch.cat((z, self.covariates.expand(*z.shape[:-1], -1)), -1)
 
     def allowed(self, n_clusters: int) -> Tensor | None:
-        """Which clusters a cell may be of, (B, K): all of them, or the one it is known to be of; None without labels."""
+        """Which clusters a cell may be of, (B, K): all, or the one it is known to be of; None without labels."""
         if self.labels is None:
             return None
         known = self.labels[:, None]

@@ -87,12 +87,13 @@ def test_the_regulariser_is_the_most_that_any_dirichlet_of_the_cell_gives() -> N
 def test_a_cell_that_is_sure_has_one_cluster_in_k_whatever_alpha() -> None:
     q = torch.eye(4)
     for alpha in (0.1, 1.0, 30.0):
-        assert_close(Entropy(alpha).regulariser(q), -torch.tensor(4.0).log())
+        assert_close(Entropy(alpha).regulariser(q, torch.zeros(4)), -torch.tensor(4.0).log())
     # Never above 0; with a large alpha the KL from equally likely clusters.
     q = torch.randn(100, 4).softmax(-1)
-    assert all((Entropy(alpha).regulariser(q) < 0).all() for alpha in (0.1, 1.0))
+    entropy = torch.special.entr(q).sum(-1)
+    assert all((Entropy(alpha).regulariser(q, entropy) < 0).all() for alpha in (0.1, 1.0))
     kl = (q * (q * 4).log()).sum(-1)
-    assert_close(Entropy(1e6).regulariser(q), -kl, slack=1e6)
+    assert_close(Entropy(1e6).regulariser(q, entropy), -kl, slack=1e6)
 
 
 @exact
@@ -109,6 +110,20 @@ def test_a_known_cluster_is_the_joint_with_it_and_no_part_of_q(make: type[Assign
         assert (found < p.log_joint(z).diagonal()).all()
     assert_close(family.log_q(p, z, outputs).exp().sum(-1), 1.0)
     assert (family.log_q(p, z, outputs).exp() < 1).all()
+
+
+@pytest.mark.parametrize("make", ASSIGNMENTS.values(), ids=ASSIGNMENTS.keys())
+def test_a_cluster_that_is_out_of_the_question_leaves_gradients_finite(make: type[Assignment]) -> None:
+    p, family = mixture(), make()
+    outputs = torch.zeros(2, family.heads, 3)
+    if family.heads:
+        outputs[:, 0] = torch.tensor([0.0, -500.0, 3.0])
+    z = torch.tensor([[100.0, -80.0], [0.0, 0.0]], requires_grad=True)
+    outputs.requires_grad_()
+    log_prob = family.prior(p, outputs, None).log_prob(z)
+    log_prob.sum().backward()
+    assert log_prob.isfinite().all() and z.grad.isfinite().all()
+    assert not family.heads or outputs.grad.isfinite().all()
 
 
 def test_exact_is_bayes_rule() -> None:

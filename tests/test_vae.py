@@ -135,10 +135,8 @@ def test_data_without_structure_leave_z_at_its_prior(poisson) -> None:
 def test_every_likelihood_and_depth_learns(name: str, hidden: tuple[int, ...]) -> None:
     likelihood = PROFILE_LIKELIHOODS[name]()
     x = torch.poisson(3 * torch.rand(2, 5)[torch.arange(60) % 2] + 0.5)
-    if likelihood.counts:
-        cells = Profiles.of_counts(x)
-    else:
-        cells = Profiles((x > 2).float() if likelihood.binary else x)
+    real = Profiles((x > 2).float() if likelihood.binary else x)
+    cells = Profiles.of_counts(x) if likelihood.counts else real
     model = VAE(likelihood, 2, hidden, decoded=likelihood.parameters[:1])
     settings = TrainSettings(max_epochs=8, batch_size=30, evaluate_steps=1, learning_rate=1e-2)
     fitted = fit_profiles(model, Encoder(hidden), cells, settings=settings, progress=False)

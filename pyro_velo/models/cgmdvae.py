@@ -1,4 +1,4 @@
-r"""The conditional Gaussian-mixture Dirichlet autoencoder, c*GM$\Delta$VAE, as a Pyro program (Kolb 2023, eqs. 8 to 17).
+r"""The conditional Gaussian-mixture Dirichlet autoencoder, c*GM$\Delta$VAE, as a Pyro program (Kolb 2023, eqs. 8-17).
 
 $$w_n \sim p(w \mid c_n), \qquad d_n \sim \mathrm{Dir}(\alpha), \qquad y_n \sim \mathrm{Cat}(d_n),$$
 $$z_n \sim \mathcal N(\mu(w_n, c_n)_{y_n}, \sigma(w_n, c_n)_{y_n}), \qquad x_n \sim p(x \mid z_n, c_n)$$
@@ -42,7 +42,9 @@ class CGMDVAE(Model):
 
     `n_style` is the size of w; `learned_style` makes its prior Normal(m(c), s(c)), and not Normal(0, 1);
     `condition_clusters` tells c to the network of p(z | w, y) too: then clusters may lie elsewhere in z under another
-    condition. `hidden_style` is the size of that network; `classify` and `free_nats` as in `GMVAE`.
+    condition, and z need no longer mean the same under both. `hidden_style` is the size of that network;
+    `classify` and `free_nats` as in `GMVAE`; `interactions` as in `VAE`, but by default without: what is carried over
+    to a cluster that was never seen under a condition is what all clusters show of it.
 
     >>> CGMDVAE(n_clusters=5).sizes
     Dirichlet(alpha=1.0)
@@ -57,8 +59,9 @@ class CGMDVAE(Model):
     hidden: Sequence[int] = (128,)
     hidden_style: Sequence[int] = (32,)
     decoded: Sequence[str] = ()
+    interactions: bool = False
     learned_style: bool = False
-    condition_clusters: bool = True
+    condition_clusters: bool = False
     classify: float = 1.0
     free_nats: float = 0.0
 
@@ -81,7 +84,12 @@ class CGMDVAEProgram(nn.Module):
         learned = recipe.learned_style and cells.n_covariates > 0
         self.style_prior = NormalEncoder(cells.n_covariates, recipe.n_style, ()) if learned else None
         self.decoding = Decoding(
-            recipe.likelihood, cells, n_latent=recipe.n_latent, hidden=recipe.hidden, decoded=recipe.decoded
+            recipe.likelihood,
+            cells,
+            n_latent=recipe.n_latent,
+            hidden=recipe.hidden,
+            decoded=recipe.decoded,
+            interactions=recipe.interactions,
         )
         self.latents = Latents(
             cells.n_genes + cells.n_covariates,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import pyro
+import torch
 from torch import Tensor, nn
 
 from pyro_velo.cluster_sizes import SizesProgram
@@ -18,8 +19,8 @@ from pyro_velo.profiles import ProfileBatch, Profiles
 class Latents(NamedTuple):
     """What a guide must draw, and from how many numbers.
 
-    `n_seen` numbers are seen of a cell, `n_told` of them covariates; z has `n_latent` coordinates, w `n_style` (0: there
-    is no w); the network of q(y) gives `heads` numbers for each of `n_clusters` (0: there is none).
+    `n_seen` numbers are seen of a cell, `n_told` of them covariates; z has `n_latent` coordinates, w `n_style` (0: no
+    w); the network of q(y) gives `heads` numbers for each of `n_clusters` (0: there is none).
     """
 
     n_seen: int
@@ -32,21 +33,41 @@ class Latents(NamedTuple):
 
 
 class Decoding(nn.Module):
-    """p(x | z, c): a network, and the distribution that its outputs stand for."""
+    r"""p(x | z, c): a network, and the distribution that its outputs stand for.
+
+    $$o_g = h_g(z, c) + \textstyle\sum_j c_j f_{jg}$$
+
+    Of counts f is a log fold change that all cells share. Without `interactions` it is all that c does, $h_g(z)$: what
+    cells of one kind show of a condition is then taken to hold for those that were never seen under it.
+    """
 
     def __init__(
-        self, likelihood: Likelihood, cells: Profiles, *, n_latent: int, hidden: Sequence[int], decoded: Sequence[str]
+        self,
+        likelihood: Likelihood,
+        cells: Profiles,
+        *,
+        n_latent: int,
+        hidden: Sequence[int],
+        decoded: Sequence[str],
+        interactions: bool,
     ) -> None:
         super().__init__()
         self.emission = Emission(likelihood, cells, decoded)
-        self.decoder = Decoder(n_latent + cells.n_covariates, cells.n_genes, hidden, heads=self.emission.heads)
+        self.interactions = interactions
+        n_told = cells.n_covariates if interactions else 0
+        self.decoder = Decoder(n_latent + n_told, cells.n_genes, hidden, heads=self.emission.heads)
+        self.fold = nn.Parameter(torch.zeros(self.emission.heads, cells.n_covariates, cells.n_genes))
         # At the start every gene is at its mean in every cell, give or take.
         nn.init.zeros_(self.decoder.bias)
 
     def outputs(self, z: Tensor, batch: ProfileBatch) -> Tensor:
         """What the network says, (heads, ..., B, G), of z (..., B, d)."""
-        told = batch.conditioned(z)
-        return self.decoder(told.flatten(0, -2)).unflatten(1, told.shape[:-1])
+        told = batch.conditioned(z) if self.interactions else z
+        found = self.decoder(told.flatten(0, -2)).unflatten(1, told.shape[:-1])
+        if batch.covariates is None:
+            return found
+        shift = batch.covariates @ self.fold
+        return found + shift.reshape(len(shift), *(1,) * (z.ndim - 2), *shift.shape[1:])
 
     def mean(self, z: Tensor, batch: ProfileBatch) -> Tensor:
         """The mean of x (..., B, G) given z (..., B, d); log-odds where x is zeros and ones."""

@@ -1,6 +1,6 @@
 r"""The Gaussian-mixture variational autoencoder as a Pyro program (Grønbech et al. 2020; Dilokthanakul et al. 2016).
 
-$$y_n \sim \mathrm{Cat}(\pi), \qquad z_n \sim \mathcal N(\mu_{y_n}, \sigma^2_{y_n}), \qquad x_n \sim p(x \mid z_n, c_n)$$
+$$y_n \sim \mathrm{Cat}(\pi), \quad z_n \sim \mathcal N(\mu_{y_n}, \sigma^2_{y_n}), \quad x_n \sim p(x \mid z_n, c_n)$$
 
 | site | batch shape | event |
 |---|---|---|
@@ -9,8 +9,8 @@ $$y_n \sim \mathrm{Cat}(\pi), \qquad z_n \sim \mathcal N(\mu_{y_n}, \sigma^2_{y_
 | z | (B, 1) | d |
 | x | (B, G) | |
 
-y is never sampled. x hangs on z alone, so by default y is summed out of the prior, $p(z) = \sum_y p(y)\,p(z \mid y)$: one
-encoding and one decoding a cell, and p(y | z) is exact. With `enumerated` y is a site, for the guide of the paper,
+y is never sampled. x hangs on z alone, so by default y is summed out of the prior, $p(z) = \sum_y p(y)\,p(z \mid y)$:
+one encoding and one decoding a cell, and p(y | z) is exact. With `enumerated` y is a site, for the guide of the paper,
 q(y | x) q(z | x, y), and `TraceEnum_ELBO`: K decodings a cell.
 """
 
@@ -38,7 +38,7 @@ class GMVAE(Model):
     """The recipe: how many clusters, how large they are, and the parts of a `VAE`.
 
     `classify` is what a known label weighs against the bound, in nats for each nat of log q(y); `free_nats` of a cell's
-    KL(q(y) || p(y)) cost nothing until the KL has come in.
+    KL(q(y) || p(y)) cost nothing until the KL has come in; `interactions` as in `VAE`.
 
     >>> GMVAE(n_clusters=5).sizes
     Learned()
@@ -51,6 +51,7 @@ class GMVAE(Model):
     n_latent: int = 10
     hidden: Sequence[int] = (128,)
     decoded: Sequence[str] = ()
+    interactions: bool = True
     enumerated: bool = False
     classify: float = 1.0
     free_nats: float = 0.0
@@ -70,7 +71,12 @@ class GMVAEProgram(nn.Module):
         self.sizes = recipe.sizes.build(recipe.n_clusters)
         self.components = Components(recipe.n_clusters, recipe.n_latent)
         self.decoding = Decoding(
-            recipe.likelihood, cells, n_latent=recipe.n_latent, hidden=recipe.hidden, decoded=recipe.decoded
+            recipe.likelihood,
+            cells,
+            n_latent=recipe.n_latent,
+            hidden=recipe.hidden,
+            decoded=recipe.decoded,
+            interactions=recipe.interactions,
         )
         self.latents = Latents(
             cells.n_genes + cells.n_covariates,

@@ -30,7 +30,8 @@ class VAE(Model):
     """The recipe: the likelihood, the size of z and of the decoder.
 
     `hidden=()` makes the decoder linear; `decoded` names parameters of the likelihood that the decoder gives for each
-    cell, and not one for each gene.
+    cell, and not one for each gene. Without `interactions` what is known of a cell moves each gene alike in all cells
+    (see `decoding.Decoding`), and the decoder's network is not told of it.
 
     >>> from pyro_velo.likelihoods import ZINB
     >>> VAE(likelihood=ZINB(), decoded=("gate",)).decoded
@@ -41,6 +42,7 @@ class VAE(Model):
     n_latent: int = 10
     hidden: Sequence[int] = (128,)
     decoded: Sequence[str] = ()
+    interactions: bool = True
 
     def build(self, cells: Profiles) -> VAEProgram:
         """The program for these cells' genes, its units read off the cells."""
@@ -55,7 +57,12 @@ class VAEProgram(nn.Module):
         self.recipe, self.n_genes = recipe, cells.n_genes
         self.latents = Latents(cells.n_genes + cells.n_covariates, cells.n_covariates, recipe.n_latent)
         self.decoding = Decoding(
-            recipe.likelihood, cells, n_latent=recipe.n_latent, hidden=recipe.hidden, decoded=recipe.decoded
+            recipe.likelihood,
+            cells,
+            n_latent=recipe.n_latent,
+            hidden=recipe.hidden,
+            decoded=recipe.decoded,
+            interactions=recipe.interactions,
         )
 
     def forward(self, batch: ProfileBatch) -> None:
