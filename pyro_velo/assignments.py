@@ -55,7 +55,7 @@ class Exact(Assignment):
         if allowed is None:
             return mixture
         weights = torch.where(allowed, mixture.log_weights, -torch.inf)
-        return GaussianMixture(weights, mixture.loc, mixture.scale)
+        return mixture.weighted(weights)
 
     def log_q(self, mixture: GaussianMixture, z: Tensor, outputs: Tensor) -> Tensor:
         """Bayes' rule."""

@@ -30,8 +30,9 @@ from pyro_velo.models.vae import VAE
 from pyro_velo.profiles import Profiles
 from pyro_velo.train import Fitted, TrainSettings, train
 
+Array = NDArray[np.float64]
 Mixed = GMVAE | CGMDVAE
-TRAINING = TrainSettings(max_steps=1500, learning_rate=3e-3)
+TRAINING = TrainSettings(max_steps=1000, learning_rate=3e-3)
 """How autoencoders are trained, unless it is said."""
 STANDARD_ERRORS = 1.0
 """Those of a paired difference within which fewer clusters are preferred (Breiman et al. 1984, 3.4.3)."""
@@ -63,11 +64,16 @@ class StartSettings:
 
 @dataclass(frozen=True)
 class Start:
-    """Where the clusters lie in the latent space: means and sds (K, d), shares (K,)."""
+    """Where the clusters lie: means (K, d), Cholesky factors of covariances (K, d, d), shares (K,)."""
 
     loc: Tensor
-    scale: Tensor
+    root: Tensor
     shares: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """The sds, (K, d)."""
+        return self.root.square().sum(-1).sqrt()
 
 
 def elbo_for(model: Model) -> ELBO:
@@ -103,7 +109,7 @@ class Started:
 
     cells: Profiles
     vae: Fitted
-    z: NDArray[np.float64]
+    z: Array
     guide: Guide
     settings: TrainSettings
     start: StartSettings
@@ -130,15 +136,25 @@ class Started:
         return cls(cells, fitted, latent_means(fitted, cells), guide, settings, start, progress)
 
     def fit(self, model: Mixed) -> Fitted:
-        """The best of the restarts by the held-out bound."""
-        found = [self._fit(model, begun) for begun in self._starts(model.n_clusters)]
-        return max(found, key=lambda fitted: fitted.training.plateau.best)
+        """The best of the restarts by the held-out bound; after Ctrl-C that of those that there are."""
+        found: list[Fitted] = []
+        for begun in self._starts(model):
+            found.append(self._fit(model, begun))
+            if found[-1].interrupted or self.vae.interrupted:
+                break
+        best = max(found, key=lambda fitted: fitted.training.plateau.best)
+        return replace(best, interrupted=self.vae.interrupted or found[-1].interrupted)
 
-    def _starts(self, n_clusters: int) -> Iterator[Start]:
-        restarts = self.start.restarts if n_clusters > 1 else 1
+    def _starts(self, model: Mixed) -> Iterator[Start]:
+        restarts = self.start.restarts if model.n_clusters > 1 else 1
         for number in range(restarts):
             yield mixture_start(
-                self.z, n_clusters, labels=self._labels(), settings=self.start, seed=self.settings.seed + number
+                self.z,
+                model.n_clusters,
+                correlated=model.correlated,
+                labels=self._labels(),
+                settings=self.start,
+                seed=self.settings.seed + number,
             )
 
     def _labels(self) -> NDArray[np.int64] | None:
@@ -152,7 +168,11 @@ class Started:
             _ModelFrom(model, decoding, begun),
             _GuideFrom(self.guide, encoder, begun),
             self.cells,
-            settings=replace(self.settings, warmup=self.start.warmup),
+            settings=replace(
+                self.settings,
+                warmup=self.start.warmup,
+                max_epochs=1 if self.vae.interrupted else self.settings.max_epochs,
+            ),
             elbo=elbo_for(model),
             progress=self.progress,
         )
@@ -169,7 +189,7 @@ class _ModelFrom(Model):
     def build(self, cells: Profiles) -> nn.Module:
         program = self.model.build(cells)
         _load(program, self.state)
-        program.components.begin(self.begun.loc.to(cells.x), self.begun.scale.to(cells.x))
+        program.components.begin(self.begun.loc.to(cells.x), self.begun.root.to(cells.x))
         program.sizes.begin(self.begun.shares.to(cells.x))
         return program
 
@@ -197,37 +217,39 @@ def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def mixture_start(
-    z: NDArray[np.float64],
+    z: Array,
     n_clusters: int,
     *,
+    correlated: bool = False,
     labels: NDArray[np.int64] | None = None,
     settings: StartSettings | None = None,
     seed: int = 0,
 ) -> Start:
-    """A Gaussian mixture with diagonal covariances, fitted by EM to latent means z (N, d).
+    """A Gaussian mixture, fitted by EM to latent means z (N, d); with diagonal covariances unless `correlated`.
 
     Where some cells have `labels` (N,), each labelled cluster starts at its cells' mean, and keeps its number.
     """
     settings = settings or StartSettings()
     components = min(settings.over * n_clusters, len(z)) if labels is None else n_clusters
     given = None if labels is None else _means_of(z, labels, n_clusters, seed)
-    weights, means, variances = _em(z, components, settings.inits, seed, given)
+    weights, means, covariances = _em(z, components, correlated, settings.inits, seed, given)
     while len(weights) > n_clusters:
-        weights, means, variances = _merged(weights, means, variances)
+        weights, means, covariances = _merged(weights, means, covariances)
     dtype = torch.get_default_dtype()
-    return Start(*(torch.from_numpy(each).to(dtype) for each in (means, np.sqrt(variances), weights)))
+    return Start(*(torch.from_numpy(each).to(dtype) for each in (means, np.linalg.cholesky(covariances), weights)))
 
 
 def _em(
-    z: NDArray[np.float64], components: int, inits: int, seed: int, means: NDArray[np.float64] | None
-) -> tuple[NDArray[np.float64], ...]:
+    z: Array, components: int, correlated: bool, inits: int, seed: int, means: Array | None
+) -> tuple[Array, Array, Array]:
+    """Shares (K,), means (K, d) and covariances (K, d, d)."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
     # A variance below a thousandth of the whole is that of cells which happen to coincide.
     found = GaussianMixture(
         components,
-        covariance_type="diag",
+        covariance_type="full" if correlated else "diag",
         n_init=inits if means is None else 1,
         means_init=means,
         reg_covar=1e-3 * float(z.var()),
@@ -238,15 +260,14 @@ def _em(
         # A start need not have converged.
         warnings.simplefilter("ignore", ConvergenceWarning)
         found.fit(z)
-    return found.weights_, found.means_, found.covariances_
+    each = found.covariances_
+    return found.weights_, found.means_, each if correlated else each[..., None] * np.eye(z.shape[1])
 
 
-def _means_of(z: NDArray[np.float64], labels: NDArray[np.int64], n_clusters: int, seed: int) -> NDArray[np.float64]:
+def _means_of(z: Array, labels: NDArray[np.int64], n_clusters: int, seed: int) -> Array:
     """The mean of each label's cells; for clusters without a label cells far from those, one after the other."""
     rng = np.random.default_rng(seed)
-    means: dict[int, NDArray[np.float64]] = {
-        k: z[labels == k].mean(0) for k in range(n_clusters) if (labels == k).any()
-    }
+    means: dict[int, Array] = {k: z[labels == k].mean(0) for k in range(n_clusters) if (labels == k).any()}
     for k in range(n_clusters):
         if k not in means:
             away = np.min([((z - mean) ** 2).sum(1) for mean in means.values()] or [np.ones(len(z))], axis=0)
@@ -254,21 +275,20 @@ def _means_of(z: NDArray[np.float64], labels: NDArray[np.int64], n_clusters: int
     return np.stack([means[k] for k in range(n_clusters)])
 
 
-def _merged(
-    weights: NDArray[np.float64], means: NDArray[np.float64], variances: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], ...]:
+def _merged(weights: Array, means: Array, covariances: Array) -> tuple[Array, Array, Array]:
     """The mixture with its two nearest components as one of their moments (Ward's distance)."""
     a, b = np.triu_indices(len(weights), 1)
     gap = (weights[a] * weights[b] / (weights[a] + weights[b])) * ((means[a] - means[b]) ** 2).sum(1)
-    i, j = a[gap.argmin()], b[gap.argmin()]
-    share = weights[[i, j]] / weights[[i, j]].sum()
-    mean = share @ means[[i, j]]
-    variance = share @ (variances[[i, j]] + (means[[i, j]] - mean) ** 2)
-    rest = np.delete(np.arange(len(weights)), [i, j])
+    pair = [a[gap.argmin()], b[gap.argmin()]]
+    share = weights[pair] / weights[pair].sum()
+    mean = share @ means[pair]
+    away = means[pair] - mean
+    covariance = np.einsum("k,kij->ij", share, covariances[pair] + away[:, :, None] * away[:, None])
+    rest = np.delete(np.arange(len(weights)), pair)
     return (
-        np.append(weights[rest], weights[[i, j]].sum()),
+        np.append(weights[rest], weights[pair].sum()),
         np.vstack((means[rest], mean)),
-        np.vstack((variances[rest], variance)),
+        np.concatenate((covariances[rest], covariance[None])),
     )
 
 
@@ -317,7 +337,11 @@ def choose_clusters(
     begun = Started.of(
         model, guide, cells, settings=settings or TRAINING, start=start or StartSettings(), progress=progress
     )
-    fits = {k: begun.fit(replace(model, n_clusters=k)) for k in sorted(set(candidates))}
+    fits: dict[int, Fitted] = {}
+    for k in sorted(set(candidates)):
+        fits[k] = begun.fit(replace(model, n_clusters=k))
+        if fits[k].interrupted:
+            break
     scores: dict[int, Evidence] = {k: evidence(fitted, cells) for k, fitted in fits.items()}
     bounds = {k: score.iw_bound for k, score in scores.items()}
     best = max(bounds, key=lambda k: bounds[k].mean())

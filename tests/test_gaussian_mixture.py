@@ -13,6 +13,7 @@ from pyro_velo.assignments import ASSIGNMENTS, Assignment, Entropy, Exact, PerCe
 from pyro_velo.cluster_sizes import SIZES, Dirichlet, Given, Learned, Uniform
 from pyro_velo.errors import InputError
 from pyro_velo.gaussian_mixture import BoundedMixture, GaussianMixture
+from pyro_velo.models.mixing import Components
 
 SHARES = torch.tensor([0.2, 0.5, 0.3])
 exact = pytest.mark.usefixtures("double")
@@ -37,12 +38,34 @@ def test_it_is_the_one_of_pyro_and_integrates_to_one() -> None:
     assert_close(p.log_prob(z), other.log_prob(z))
 
 
-def test_its_draws_have_its_mean_and_variance() -> None:
+@pytest.mark.parametrize("correlated", [False, True])
+def test_its_draws_have_its_mean_and_covariance(correlated: bool) -> None:
     p = mixture()
+    root, lower = torch.diag_embed(p.scale), None
+    if correlated:
+        lower = torch.randn(3, 2, 2)
+        root = p.scale[..., None] * torch.linalg.inv(torch.eye(2) + lower.tril(-1))
+    p = GaussianMixture(p.log_weights, p.loc, p.scale, lower)
     z = p.sample(torch.Size([20_000]))
     mean = SHARES @ p.loc
     assert_mean(z, mean)
-    assert_mean((z - mean) ** 2, SHARES @ (p.scale**2 + (p.loc - mean) ** 2))
+    away = p.loc - mean
+    covariance = torch.einsum("k,kij->ij", SHARES, root @ root.mT + away[:, :, None] * away[:, None])
+    assert_mean((z - mean)[:, :, None] * (z - mean)[:, None], covariance)
+
+
+@exact
+def test_correlated_components_are_those_of_torch_and_start_from_their_covariances() -> None:
+    torch.manual_seed(2)
+    factor = torch.randn(3, 4, 4)
+    covariance = factor @ factor.mT + 0.1 * torch.eye(4)
+    components, loc, z = Components(3, 4, correlated=True), torch.randn(3, 4), torch.randn(7, 4)
+    components.begin(loc, torch.linalg.cholesky(covariance))
+    p = GaussianMixture(torch.zeros(3), components.loc, components.log_scale.exp(), components.lower)
+    assert_close(p.log_components(z), dist.MultivariateNormal(loc, covariance).log_prob(z[:, None]), slack=10)
+    plain = Components(3, 4, correlated=False)
+    plain.begin(loc, torch.linalg.cholesky(covariance))
+    assert_close(plain.log_scale.exp() ** 2, covariance.diagonal(dim1=1, dim2=2))
 
 
 @exact

@@ -122,8 +122,8 @@ def test_a_start_is_the_mixture_of_the_latent_means_and_keeps_the_numbers_of_lab
     rng = np.random.default_rng(0)
     label = rng.integers(3, size=600)
     z = np.array([[-4.0, 0], [4, 0], [0, 6]])[label] + rng.normal(size=(600, 2)) * [0.5, 1.0]
-    for over in (1, 3):
-        begun = mixture_start(z, 3, settings=StartSettings(over=over))
+    for over, correlated in ((1, False), (3, False), (1, True), (2, True)):
+        begun = mixture_start(z, 3, correlated=correlated, settings=StartSettings(over=over))
         order = [int(((begun.loc - torch.tensor(c)) ** 2).sum(1).argmin()) for c in ([-4.0, 0], [4.0, 0], [0.0, 6])]
         assert sorted(order) == [0, 1, 2]
         np.testing.assert_allclose(begun.scale[order].mean(0), [0.5, 1.0], rtol=0.15)
@@ -138,7 +138,7 @@ def test_a_fit_starts_where_it_is_told() -> None:
     started = Started.of(
         GMVAE(3), None, cells, settings=replace(TRAINING, max_steps=1), start=StartSettings(vae_steps=3), progress=False
     )
-    begun = Start(torch.randn(3, 10), torch.rand(3, 10) + 0.5, torch.tensor([0.2, 0.3, 0.5]))
+    begun = Start(torch.randn(3, 10), torch.diag_embed(torch.rand(3, 10) + 0.5), torch.tensor([0.2, 0.3, 0.5]))
     short = replace(started, settings=TrainSettings(max_epochs=1, learning_rate=1e-12))
     fitted = short._fit(GMVAE(3), begun)
     assert_close(fitted.program.components.loc.detach(), begun.loc)
@@ -153,10 +153,10 @@ def test_a_fit_starts_where_it_is_told() -> None:
 
 @pytest.fixture(scope="module")
 def fast() -> dict:
-    """Enough for clusters that lie far apart."""
+    """Short fits: enough for clusters that lie far apart."""
     return {
-        "settings": replace(TRAINING, max_steps=60, learning_rate=5e-3),
-        "start": StartSettings(vae_steps=200, restarts=1),
+        "settings": replace(TRAINING, max_steps=25, learning_rate=1e-2),
+        "start": StartSettings(vae_steps=90, restarts=1),
         "progress": False,
     }
 
@@ -172,7 +172,7 @@ def fast() -> dict:
     ids=["gmvae", "entropy", "cgmdvae", "per-cell"],
 )
 def test_clusters_that_lie_apart_are_found_and_every_fit_can_be_scored(model, fast: dict) -> None:
-    cells, label, _ = clustered()
+    cells, label, _ = clustered(200)
     fitted = fit_profiles(model, Encoder((32,)), cells, **fast)
     probabilities = cluster_probabilities(fitted, cells, draws=5)
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
@@ -204,16 +204,20 @@ def test_a_few_labels_name_the_clusters(fast: dict) -> None:
     assert (probabilities.argmax(1) == label)[known == UNKNOWN].mean() > 0.95
 
 
+@pytest.mark.slow
 def test_cells_without_clusters_have_one(fast: dict) -> None:
+    longer = fast | {"settings": replace(TRAINING, max_steps=150), "start": StartSettings(vae_steps=300, restarts=1)}
     cells = clustered(clusters=1)[0]
-    found = choose_clusters(GMVAE(1, NB(), n_latent=3, hidden=(32,)), Encoder((32,)), cells, (1, 2, 3), **fast)
+    found = choose_clusters(GMVAE(1, NB(), n_latent=3, hidden=(32,)), Encoder((32,)), cells, (1, 2, 3), **longer)
     assert found.choice == 1 and found.candidates == (1, 2, 3)
     assert found.fitted is found.fits[1] and "Choice: 1" in found.table()
 
 
+@pytest.mark.slow
 def test_cells_with_clusters_have_as_many(fast: dict) -> None:
-    cells = clustered(400)[0]
-    found = choose_clusters(GMVAE(1, NB(), n_latent=3, hidden=(32,)), Encoder((32,)), cells, (1, 3, 5), **fast)
+    longer = fast | {"settings": replace(TRAINING, max_steps=150), "start": StartSettings(vae_steps=300, restarts=1)}
+    cells = clustered(600)[0]
+    found = choose_clusters(GMVAE(1, NB(), n_latent=3, hidden=(32,)), Encoder((32,)), cells, (1, 3, 5), **longer)
     assert found.choice == 3
     mean, error = found.differences[0]
     assert mean < -2 * error

@@ -323,7 +323,7 @@ def test_the_package_loads_nothing_heavy() -> None:
     assert loaded("-c", f"import {PACKAGE}") & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", [(), ("fit",), ("score",), ("calibrate",), ("audit",)])
+@pytest.mark.parametrize("command", [(), ("fit",), ("score",), ("calibrate",), ("audit",), ("vae",)])
 def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     assert loaded("-m", PACKAGE, *command, "--help") & (HEAVY | {"numpy", "rich"}) == set()
 

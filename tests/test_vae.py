@@ -94,7 +94,7 @@ def test_the_kl_in_closed_form_is_the_one_that_is_sampled_with_less_noise() -> N
 def test_a_linear_one_finds_the_factors_and_the_noise() -> None:
     """Tipping and Bishop 1999: at the optimum the covariance of x is that of probabilistic PCA."""
     cells, _ = factor_cells(400)
-    settings = TrainSettings(max_steps=400, learning_rate=1e-2, held_out=0)
+    settings = TrainSettings(max_steps=250, learning_rate=2e-2, held_out=0)
     model, guide = VAE(Normal(), n_latent=2, hidden=()), Encoder(())
     fitted = train(model, guide, cells, settings=settings, elbo=TraceMeanField_ELBO(), progress=False)
     # Each gene has a noise of its own, so factor analysis is the judge.

@@ -43,8 +43,8 @@ class CGMDVAE(Model):
     `n_style` is the size of w; `learned_style` makes its prior Normal(m(c), s(c)), and not Normal(0, 1);
     `condition_clusters` tells c to the network of p(z | w, y) too: then clusters may lie elsewhere in z under another
     condition, and z need no longer mean the same under both. `hidden_style` is the size of that network;
-    `classify` and `free_nats` as in `GMVAE`; `interactions` as in `VAE`, but by default without: what is carried over
-    to a cluster that was never seen under a condition is what all clusters show of it.
+    `correlated`, `classify` and `free_nats` as in `GMVAE`; `interactions` as in `VAE`, but by default without: what is
+    carried over to a cluster that was never seen under a condition is what all clusters show of it.
 
     >>> CGMDVAE(n_clusters=5).sizes
     Dirichlet(alpha=1.0)
@@ -62,6 +62,7 @@ class CGMDVAE(Model):
     interactions: bool = False
     learned_style: bool = False
     condition_clusters: bool = False
+    correlated: bool = False
     classify: float = 1.0
     free_nats: float = 0.0
 
@@ -78,7 +79,7 @@ class CGMDVAEProgram(nn.Module):
         super().__init__()
         self.recipe, self.n_genes = recipe, cells.n_genes
         self.sizes = recipe.sizes.build(recipe.n_clusters)
-        self.components = Components(recipe.n_clusters, recipe.n_latent)
+        self.components = Components(recipe.n_clusters, recipe.n_latent, correlated=recipe.correlated)
         told = cells.n_covariates if recipe.condition_clusters else 0
         self.style = Style(recipe.n_style + told, recipe.n_clusters, recipe.n_latent, recipe.hidden_style)
         learned = recipe.learned_style and cells.n_covariates > 0
@@ -126,7 +127,7 @@ class CGMDVAEProgram(nn.Module):
         told = batch.conditioned(w.squeeze(-2)) if self.recipe.condition_clusters else w.squeeze(-2)
         shift, stretch = (each.unsqueeze(-3) for each in self.style(told))
         loc, log_scale = self.components.loc + shift, self.components.log_scale + stretch
-        return GaussianMixture(log_sizes, loc, log_scale.exp())
+        return GaussianMixture(log_sizes, loc, log_scale.exp(), self.components.lower)
 
     def log_clusters(self, values: Mapping[str, Tensor], batch: ProfileBatch) -> Tensor:
         """Log q(y), (B, K), given a draw of the guide's sites (by name)."""

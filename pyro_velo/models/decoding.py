@@ -56,7 +56,8 @@ class Decoding(nn.Module):
         self.interactions = interactions
         n_told = cells.n_covariates if interactions else 0
         self.decoder = Decoder(n_latent + n_told, cells.n_genes, hidden, heads=self.emission.heads)
-        self.fold = nn.Parameter(torch.zeros(self.emission.heads, cells.n_covariates, cells.n_genes))
+        n_told = cells.n_covariates
+        self.fold = nn.Parameter(torch.zeros(self.emission.heads, n_told, cells.n_genes)) if n_told else None
         # At the start every gene is at its mean in every cell, give or take.
         nn.init.zeros_(self.decoder.bias)
 
@@ -64,7 +65,7 @@ class Decoding(nn.Module):
         """What the network says, (heads, ..., B, G), of z (..., B, d)."""
         told = batch.conditioned(z) if self.interactions else z
         found = self.decoder(told.flatten(0, -2)).unflatten(1, told.shape[:-1])
-        if batch.covariates is None:
+        if self.fold is None or batch.covariates is None:
             return found
         shift = batch.covariates @ self.fold
         return found + shift.reshape(len(shift), *(1,) * (z.ndim - 2), *shift.shape[1:])

@@ -37,8 +37,9 @@ from pyro_velo.profiles import ProfileBatch, Profiles
 class GMVAE(Model):
     """The recipe: how many clusters, how large they are, and the parts of a `VAE`.
 
-    `classify` is what a known label weighs against the bound, in nats for each nat of log q(y); `free_nats` of a cell's
-    KL(q(y) || p(y)) cost nothing until the KL has come in; `interactions` as in `VAE`.
+    `correlated` clusters have a covariance each, and not only a variance in each latent dimension; `enumerated` makes y
+    a site. `classify` is what a known label weighs against the bound, in nats for each nat of log q(y); `free_nats` of
+    a cell's KL(q(y) || p(y)) cost nothing until the KL has come in; `interactions` as in `VAE`.
 
     >>> GMVAE(n_clusters=5).sizes
     Learned()
@@ -53,6 +54,7 @@ class GMVAE(Model):
     decoded: Sequence[str] = ()
     interactions: bool = True
     enumerated: bool = False
+    correlated: bool = False
     classify: float = 1.0
     free_nats: float = 0.0
 
@@ -69,7 +71,7 @@ class GMVAEProgram(nn.Module):
         super().__init__()
         self.recipe, self.n_genes = recipe, cells.n_genes
         self.sizes = recipe.sizes.build(recipe.n_clusters)
-        self.components = Components(recipe.n_clusters, recipe.n_latent)
+        self.components = Components(recipe.n_clusters, recipe.n_latent, correlated=recipe.correlated)
         self.decoding = Decoding(
             recipe.likelihood,
             cells,
@@ -98,7 +100,9 @@ class GMVAEProgram(nn.Module):
 
     def mixture(self) -> GaussianMixture:
         """p(z); makes the site of the sizes where there is one."""
-        return GaussianMixture(self.sizes.prior(), self.components.loc, self.components.log_scale.exp())
+        return GaussianMixture(
+            self.sizes.prior(), self.components.loc, self.components.log_scale.exp(), self.components.lower
+        )
 
     def _summed(self, mixture: GaussianMixture, batch: ProfileBatch) -> Tensor:
         recipe = self.recipe

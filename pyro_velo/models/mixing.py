@@ -25,18 +25,24 @@ def check_clusters(n_clusters: int, cells: Profiles) -> None:
 
 
 class Components(nn.Module):
-    """The clusters in the latent space: `loc` and `log_scale`, (K, d)."""
+    """The clusters in the latent space: `loc` and `log_scale`, (K, d), and `lower` (K, d, d) where `correlated`."""
 
-    def __init__(self, n_clusters: int, n_latent: int) -> None:
+    def __init__(self, n_clusters: int, n_latent: int, *, correlated: bool) -> None:
         super().__init__()
+        self.lower = nn.Parameter(torch.zeros(n_clusters, n_latent, n_latent)) if correlated else None
         self.loc = nn.Parameter(torch.randn(n_clusters, n_latent))
         self.log_scale = nn.Parameter(torch.zeros(n_clusters, n_latent))
 
-    def begin(self, loc: Tensor, scale: Tensor) -> None:
-        """Start from these means and sds, (K, d)."""
+    def begin(self, loc: Tensor, root: Tensor) -> None:
+        """Start from these means (K, d) and Cholesky factors of covariances, (K, d, d)."""
+        scale = root.diagonal(dim1=-2, dim2=-1)
         with torch.no_grad():
             self.loc.copy_(loc)
-            self.log_scale.copy_(scale.log())
+            if self.lower is None:
+                self.log_scale.copy_(root.square().sum(-1).log() / 2)
+            else:
+                self.log_scale.copy_(scale.log())
+                self.lower.copy_(torch.linalg.inv(root) * scale.unsqueeze(-2))
 
 
 def draw(
