@@ -94,7 +94,8 @@ def fit_profiles(
 ) -> Fitted:
     """Fit an autoencoder to `cells`; one with clusters from a start of its own, see `StartSettings`.
 
-    Raises `InputError` as `Model.build`, `NonFiniteError` as `train`.
+    Raises `InputError` as `Model.build` and for a guide that a model with clusters can't start; `NonFiniteError` as
+    `train`.
     """
     settings, start = settings or TRAINING, start or StartSettings()
     if isinstance(model, VAE):
@@ -110,7 +111,7 @@ class Started:
     cells: Profiles
     vae: Fitted
     z: Array
-    guide: Guide
+    guide: Encoder | PerCluster
     settings: TrainSettings
     start: StartSettings
     progress: bool | None = None
@@ -129,7 +130,11 @@ class Started:
         """Train the VAE that shares the networks of `model` and `guide`; `settings.max_epochs` holds for it too."""
         # At once, and not after a VAE.
         check_clusters(model.n_clusters, cells)
-        guide = guide or (PerCluster() if getattr(model, "enumerated", False) else Encoder())
+        enumerated = getattr(model, "enumerated", False)
+        guide = guide or (PerCluster() if enumerated else Encoder())
+        if not isinstance(guide, PerCluster if enumerated else Encoder):
+            wanted = "a PerCluster for an enumerated model" if enumerated else "an Encoder"
+            raise InputError(f"Expected {wanted}, which can start from a VAE's; got {guide!r}. Or call train yourself.")
         vae = VAE(model.likelihood, model.n_latent, model.hidden, model.decoded, model.interactions)
         short = replace(settings, max_steps=start.vae_steps)
         fitted = train(vae, Encoder(guide.hidden), cells, settings=short, elbo=elbo_for(vae), progress=progress)
@@ -198,7 +203,7 @@ class _ModelFrom(Model):
 class _GuideFrom(Guide):
     """A guide whose networks start from parameters that are there already."""
 
-    guide: Guide
+    guide: Encoder | PerCluster
     state: Mapping[str, Tensor] = field(repr=False)
     begun: Start = field(repr=False)
 

@@ -135,9 +135,8 @@ class PerClusterProgram(nn.Module):
         if allowed is not None:
             logits = torch.where(allowed, logits, IMPOSSIBLE)
         with pyro.plate("cells", batch.n_cells, subsample=batch.index, dim=-2):
-            # What is asked of a fit: q before anybody's label.
-            network = dist.Delta(self.log_q(batch).unsqueeze(-2), event_dim=1).mask(False)
-            pyro.sample("log_q", network, infer={"is_auxiliary": True})
+            # Before anybody's label: what is asked of a fit, and what labels are compared with.
+            pyro.sample("log_q", dist.Delta(self.log_q(batch).unsqueeze(-2), event_dim=1).mask(False))
             y = pyro.sample("y", dist.Categorical(logits=logits.unsqueeze(-2)), infer={"enumerate": "parallel"})
             seen = batch.seen.unsqueeze(-2)
             one_hot = nn.functional.one_hot(y, self.latents.n_clusters).to(seen)

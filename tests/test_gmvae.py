@@ -55,7 +55,7 @@ def some_profiles(labels: bool = False) -> Profiles:
 def test_the_guide_of_the_paper_sums_over_every_cluster(weight: float, labels: bool) -> None:
     """Eq. 8 of seed 001, written out cluster by cluster, at the same draws of z."""
     cells = some_profiles(labels)
-    model = GMVAE(3, Normal(), Given((0.2, 0.5, 0.3)), n_latent=2, hidden=(3,), enumerated=True)
+    model = GMVAE(3, Normal(), Given((0.2, 0.5, 0.3)), n_latent=2, hidden=(3,), enumerated=True, classify=0.0)
     with pyro.get_param_store().scope(), pyro.validation_enabled(False), torch.no_grad():
         program = model.build(cells)
         guide = PerCluster((5,), (5,))(program)
@@ -113,6 +113,21 @@ def test_labels_classify_outside_the_bound_and_free_nats_until_the_kl_is_in() ->
     kl = (log_q.exp() * (log_q - program.mixture().log_weights)).sum(1)
     assert_close(sites["free_nats"]["log_prob"].squeeze(1), kl.clamp_max(0.1))
     assert [sites[name]["infer"]["penalty"] for name in ("label", "free_nats")] == [False, True]
+
+
+@exact
+def test_labels_teach_the_guide_of_the_paper_too() -> None:
+    cells, losses = some_profiles(labels=True), []
+    for weight in (0.0, 2.0):
+        model = GMVAE(3, Normal(), n_latent=2, hidden=(3,), enumerated=True, classify=weight)
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False), torch.no_grad():
+            torch.manual_seed(1)
+            program = model.build(cells)
+            guide, batch = PerCluster((5,), (5,))(program), cells.batch(torch.arange(9))
+            torch.manual_seed(2)
+            losses.append(TraceEnum_ELBO(max_plate_nesting=2).loss(program, guide, batch))
+            expected = -2 * guide.log_q(batch).gather(1, cells.labels[:, None]).sum()
+    assert_close(torch.tensor(losses[1] - losses[0]), expected)
 
 
 # Starts
@@ -231,5 +246,7 @@ def test_clusters_that_can_not_be_are_refused(fast: dict) -> None:
                 make(n, Normal()).build(cells)
     with pytest.raises(InputError, match="Expected numbers of clusters to try"):
         choose_clusters(GMVAE(1), None, cells, (), **fast)
+    with pytest.raises(InputError, match="Expected an Encoder"):
+        fit_profiles(GMVAE(2, Normal()), PerCluster(), Profiles(torch.randn(9, 4)), **fast)
     with pytest.raises(InputError, match="Expected over of 1 or more"):
         StartSettings(over=0)

@@ -29,7 +29,7 @@ from pyro_velo.gaussian_mixture import GaussianMixture
 from pyro_velo.likelihoods import NB, Likelihood
 from pyro_velo.models.base import Model
 from pyro_velo.models.decoding import Decoding, Latents
-from pyro_velo.models.mixing import Components, check_clusters, draw
+from pyro_velo.models.mixing import Components, check_clusters, draw, note_labels
 from pyro_velo.profiles import ProfileBatch, Profiles
 
 
@@ -95,7 +95,7 @@ class GMVAEProgram(nn.Module):
             pyro.module(name, getattr(self, name))
         mixture = self.mixture()
         with pyro.plate("cells", batch.n_cells, subsample=batch.index, dim=-2):
-            z = self._one_by_one(mixture) if self.recipe.enumerated else self._summed(mixture, batch)
+            z = self._one_by_one(mixture, batch) if self.recipe.enumerated else self._summed(mixture, batch)
             self.decoding.observe(z, batch)
 
     def mixture(self) -> GaussianMixture:
@@ -108,7 +108,11 @@ class GMVAEProgram(nn.Module):
         recipe = self.recipe
         return draw(mixture, batch, recipe.assignment, classify=recipe.classify, free_nats=recipe.free_nats)
 
-    def _one_by_one(self, mixture: GaussianMixture) -> Tensor:
+    def _one_by_one(self, mixture: GaussianMixture, batch: ProfileBatch) -> Tensor:
+        # What the guide says of y, where there is a guide.
+        log_q = pyro.sample("log_q", dist.Delta(mixture.log_weights, event_dim=1).mask(False))
+        if self.recipe.classify:
+            note_labels(log_q, batch, self.recipe.classify)
         y = pyro.sample("y", dist.Categorical(logits=mixture.log_weights))
         return pyro.sample("z", dist.Normal(mixture.loc[y], mixture.scale[y]).to_event(1))
 

@@ -60,14 +60,14 @@ def draw(
     z = pyro.sample("z", assignment.prior(mixture, outputs, None if allowed is None else allowed[:, None]))
     log_q = assignment.log_q(mixture, z, outputs)
     if classify:
-        _classify(log_q, batch, classify)
+        note_labels(log_q, batch, classify)
     if free_nats:
         _free(log_q, mixture.log_weights, free_nats)
     return z
 
 
-def _classify(log_q: Tensor, batch: ProfileBatch, weight: float) -> None:
-    """The penalty `label`: `weight` x log q(y) of the cells whose y is known (Kingma et al. 2014, eq. 9).
+def note_labels(log_q: Tensor, batch: ProfileBatch, weight: float) -> None:
+    """The penalty `label`: `weight` x log q(y) (B, 1, K) of the cells whose y is known (Kingma et al. 2014, eq. 9).
 
     It is no part of the bound: there a known cluster only takes the others out of the sum.
     """
