@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from pyro_velo import latent as summaries
 from pyro_velo.agreement import Agreement, agreement
 from pyro_velo.cluster_sizes import SIZES
-from pyro_velo.clustering import TRAINING, Mixed, NumberOfClusters, StartSettings, choose_clusters, fit_profiles
+from pyro_velo.clustering import (
+    TRAINING,
+    Mixed,
+    NumberOfClusters,
+    StartSettings,
+    choose_clusters,
+    default_guide,
+    fit_profiles,
+)
 from pyro_velo.data import check_output, check_writable, checked_labels, read, write_whole
 from pyro_velo.data.profile_data import ProfileData, check_profile_keys, cluster_names, profile_data, write_profiles
 from pyro_velo.errors import InputError
@@ -181,6 +189,7 @@ def vae(
     >>> fit = pv.vae(pv.GMVAE(n_clusters=5), None, adata, seed=0)  # doctest: +SKIP
     """
     model = model or VAE()
+    guide = guide or default_guide(model)
     data = data or profile_data(adata, counts=model.likelihood.counts)
     wanted = replace(settings or TRAINING, seed=seed)
     number = None

@@ -83,6 +83,11 @@ def elbo_for(model: Model) -> ELBO:
     return TraceMeanField_ELBO()
 
 
+def default_guide(model: Model) -> Encoder | PerCluster:
+    """The guide of a model for which none is named."""
+    return PerCluster() if getattr(model, "enumerated", False) else Encoder()
+
+
 def fit_profiles(
     model: VAE | Mixed,
     guide: Guide | None,
@@ -99,7 +104,7 @@ def fit_profiles(
     """
     settings, start = settings or TRAINING, start or StartSettings()
     if isinstance(model, VAE):
-        guide = guide or Encoder()
+        guide = guide or default_guide(model)
         return train(model, guide, cells, settings=settings, elbo=elbo_for(model), progress=progress)
     return Started.of(model, guide, cells, settings=settings, start=start, progress=progress).fit(model)
 
@@ -131,7 +136,7 @@ class Started:
         # At once, and not after a VAE.
         check_clusters(model.n_clusters, cells)
         enumerated = getattr(model, "enumerated", False)
-        guide = guide or (PerCluster() if enumerated else Encoder())
+        guide = guide or default_guide(model)
         if not isinstance(guide, PerCluster if enumerated else Encoder):
             wanted = "a PerCluster for an enumerated model" if enumerated else "an Encoder"
             raise InputError(f"Expected {wanted}, which can start from a VAE's; got {guide!r}. Or call train yourself.")

@@ -78,12 +78,10 @@ class Clusters(nn.Module):
         self.shape = (latents.heads, latents.n_clusters)
         n_out = latents.heads * latents.n_clusters
         self.quadric = nn.Linear(2 * latents.n_latent, n_out)
-        self.network = nn.Sequential(
-            mlp(latents.n_latent + latents.n_told, hidden),
-            nn.Linear(hidden[-1] if hidden else latents.n_latent + latents.n_told, n_out),
-        )
-        nn.init.zeros_(self.network[1].weight)
-        nn.init.zeros_(self.network[1].bias)
+        last = nn.Linear(hidden[-1] if hidden else latents.n_latent + latents.n_told, n_out)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(mlp(latents.n_latent + latents.n_told, hidden), last)
 
     def forward(self, z: Tensor, batch: ProfileBatch) -> Tensor:
         """The outputs."""

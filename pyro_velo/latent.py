@@ -72,7 +72,7 @@ def cluster_probabilities(fitted: Fitted, cells: Profiles, *, draws: int = DRAWS
         return fitted.program.log_clusters(values, batch).exp()
 
     with _apart(fitted, cells, seed):
-        found = [sum(_draws(fitted, batch, batch, look, draws)) / draws for batch in _batches(cells)]
+        found = [_mean(_draws(fitted, batch, batch, look, draws)) for batch in _batches(cells)]
     return torch.cat(found).cpu().numpy().astype(np.float64)
 
 
@@ -80,7 +80,7 @@ def denoised(fitted: Fitted, cells: Profiles, *, draws: int = DRAWS, seed: int =
     """The posterior mean of each cell's profile, (N, G): counts at the median depth, shares where x is on or off."""
     with _apart(fitted, cells, seed):
         found = [
-            sum(_draws(fitted, batch, _at_median_depth(batch), _profile_of(fitted), draws)) / draws
+            _mean(_draws(fitted, batch, _at_median_depth(batch), _profile_of(fitted), draws))
             for batch in _batches(cells)
         ]
     return torch.cat(found).cpu().numpy()
@@ -104,7 +104,7 @@ def converted(
         )
     others = cells.told(covariates)
     size = max(1, min(CELLS_AT_ONCE, NUMBERS_AT_ONCE // (draws * cells.n_genes)))
-    parts, total = [], 0.0
+    parts, total = [], torch.zeros(())
     with _apart(fitted, cells, seed):
         for batch, other in zip(_batches(cells, size), _batches(others, size), strict=True):
             drawn = torch.stack(
@@ -115,8 +115,16 @@ def converted(
             else:
                 parts.append(_summary(drawn))
     if mean:
-        return Interval(*(each.cpu().numpy() for each in _summary(torch.as_tensor(total))))
+        return Interval(*(each.cpu().numpy() for each in _summary(total)))
     return Interval(*(torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True)))
+
+
+def _mean(drawn: Iterator[Tensor]) -> Tensor:
+    """The mean of draws that are not held together."""
+    total, n = torch.zeros(()), 0
+    for each in drawn:
+        total, n = total + each, n + 1
+    return total / n
 
 
 def _summary(drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,7 +35,9 @@ def latent_plane(z: ArrayLike, clusters: pd.Series | None = None, *, ax: Axes | 
         names = [str(name) for name in found.categories]
         legend(ax, names, [str(palette[k % len(palette)]) for k in range(len(names))], loc="upper left",
                bbox_to_anchor=(1.02, 1))  # fmt: skip
-    ax.scatter(*plane[order].T, c=list(colors[order]), s=dot_area(len(x)), lw=0, alpha=0.8, rasterized=True)
+    ax.scatter(
+        plane[order, 0], plane[order, 1], c=list(colors[order]), s=dot_area(len(x)), lw=0, alpha=0.8, rasterized=True
+    )
     ax.set(xlabel="first component of E[z]", ylabel="second component")
     open_frame(ax)
     return ax
