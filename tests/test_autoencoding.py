@@ -25,6 +25,7 @@ from pyro_velo.data.simulated import clusters_to_anndata
 from pyro_velo.errors import InputError
 from pyro_velo.likelihoods import NB, PROFILE_LIKELIHOODS, Bernoulli, Normal
 from pyro_velo.options import ProfileLikelihoodName, SizesName, VAEModelName, VAEOptions
+from pyro_velo.plots.profiles import latent_plane
 from pyro_velo.profiles import UNKNOWN
 from pyro_velo.simulate import ClusterSettings, simulate_clusters
 
@@ -197,3 +198,14 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path: Path, options
     assert code == 2 and out == "" and words in err, err
     assert [line for line in err.splitlines() if line.startswith("pyro-velo: error")] == err.splitlines()[-1:]
     assert not output.exists()
+
+
+def test_the_plane_is_that_of_the_largest_spread_and_one_dimension_is_enough(rng: np.random.Generator) -> None:
+    z = rng.normal(size=(200, 4)) * [5.0, 0.1, 2.0, 0.1]
+    drawn = np.asarray(latent_plane(z).collections[0].get_offsets())
+    values = np.linalg.eigvalsh(np.cov(z.T))[::-1]
+    assert_allclose(drawn.var(0, ddof=1), values[:2], rtol=1e-6)
+    line = np.asarray(latent_plane(z[:, :1]).collections[0].get_offsets())
+    assert_allclose(line.var(0), [z[:, 0].var(), 0])
+    with pytest.raises(InputError, match="Expected latent means of 2 cells or more"):
+        latent_plane(z[:1])

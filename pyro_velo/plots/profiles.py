@@ -17,12 +17,14 @@ MEASURED, CHOSEN = "#0072b2", "#d55e00"
 def latent_plane(z: ArrayLike, clusters: pd.Series | None = None, *, ax: Axes | None = None) -> Axes:
     """Draws latent means z (N, d) on their first two principal components, coloured by `clusters` (N,), if given.
 
-    Raises InputError for z of fewer than two columns or rows.
+    Where z has one dimension the second is 0. Raises InputError for fewer than two cells.
     """
     x = np.asarray(z, np.float64)
-    if x.ndim != 2 or min(x.shape) < 2:
-        raise InputError(f"Expected latent means of 2 cells x 2 dimensions or more; got {x.shape}. Fit with more.")
+    if x.ndim != 2 or len(x) < 2 or not x.shape[1]:
+        raise InputError(f"Expected latent means of 2 cells or more, (cells, dimensions); got {x.shape}. Fit more.")
     x = x - x.mean(0)
+    if x.shape[1] == 1:
+        x = np.hstack((x, np.zeros_like(x)))
     _, _, directions = np.linalg.svd(x, full_matrices=False)
     plane = x @ directions[:2].T
     ax, order = canvas(ax), shuffled(len(x))
