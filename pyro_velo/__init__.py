@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING
 from pyro_velo.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from pyro_velo import agreement as agreement
+    from pyro_velo import assignments as assignments
+    from pyro_velo import cluster_sizes as cluster_sizes
     from pyro_velo import criticism as criticism
     from pyro_velo import embedding as embedding
+    from pyro_velo import encoders as encoders
     from pyro_velo import fates as fates
     from pyro_velo import futures as futures
     from pyro_velo import guides as guides
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from pyro_velo.api import score as score
     from pyro_velo.auditing import audit as audit
     from pyro_velo.audits import Audit as Audit
+    from pyro_velo.autoencoding import ProfileFit as ProfileFit
+    from pyro_velo.autoencoding import vae as vae
     from pyro_velo.calibrating import CalibrationSettings as CalibrationSettings
     from pyro_velo.calibrating import calibrate as calibrate
     from pyro_velo.calibrating import coverage_of as coverage_of
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
     from pyro_velo.data import read as read
     from pyro_velo.data import to_anndata as to_anndata
     from pyro_velo.data.bridge import velocity_data as velocity_data
+    from pyro_velo.data.digits import digits as digits
+    from pyro_velo.data.profile_data import profile_data as profile_data
     from pyro_velo.diagnosing import diagnose as diagnose
     from pyro_velo.diagnosis import Diagnosis as Diagnosis
     from pyro_velo.errors import InputError as InputError
@@ -50,6 +58,9 @@ if TYPE_CHECKING:
     from pyro_velo.fitting import fit as fit
     from pyro_velo.fitting import load as load
     from pyro_velo.flow import project as project
+    from pyro_velo.models.cgmdvae import CGMDVAE as CGMDVAE
+    from pyro_velo.models.gmvae import GMVAE as GMVAE
+    from pyro_velo.models.vae import VAE as VAE
     from pyro_velo.models.velocity import SwitchPenalty as SwitchPenalty
     from pyro_velo.models.velocity import VelocityModel as VelocityModel
     from pyro_velo.prior_draws import draw_from_prior as draw_from_prior
@@ -61,8 +72,12 @@ if TYPE_CHECKING:
 _MODULES = {"pl": "plots", "pp": "preprocess"} | {
     name: name
     for name in (
+        "agreement",
+        "assignments",
+        "cluster_sizes",
         "criticism",
         "embedding",
+        "encoders",
         "fates",
         "futures",
         "guides",
@@ -95,10 +110,17 @@ _NAMES = {
     "velocity_data": "data.bridge",
     "diagnose": "diagnosing",
     "Diagnosis": "diagnosis",
+    "digits": "data.digits",
+    "profile_data": "data.profile_data",
     "InputError": "errors",
     "Fit": "fitting",
     "fit": "fitting",
     "load": "fitting",
+    "ProfileFit": "autoencoding",
+    "vae": "autoencoding",
+    "VAE": "models.vae",
+    "GMVAE": "models.gmvae",
+    "CGMDVAE": "models.cgmdvae",
     "SwitchPenalty": "models.velocity",
     "VelocityModel": "models.velocity",
     "Centered": "priors",

@@ -1,18 +1,75 @@
-"""What a data set and a minibatch are: the two molecules of some cells, and what is known of these cells."""
+"""What a data set and a minibatch are to the training loop; and the two molecules of some cells, which are one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Minibatch(Protocol):
+    """What the loop and the scores ask of a minibatch: some cells, and what was measured of them."""
+
+    @property
+    def index(self) -> Tensor:
+        """Which cells they are, (B,)."""
+
+    @property
+    def n_cells(self) -> int:
+        """How many cells they stand for."""
+
+    @property
+    def measured(self) -> Tensor:
+        """What a model explains, (..., B, G), genes last."""
+
+    @property
+    def site(self) -> str:
+        """The name of the site at which it stands."""
+
+
+class Data(Protocol):
+    """What the loop and the scores ask of a data set, which is resident on one device."""
+
+    def __len__(self) -> int:
+        """The number of cells."""
+
+    @property
+    def n_genes(self) -> int:
+        """The number of genes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def batch(self, index: Tensor, n_cells: int | None = None) -> Minibatch:
+        """The cells at `index` (B,); `n_cells` is what the batch stands for (all cells, if not said)."""
+
+    def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[Minibatch]:
+        """The cells at `index`, in that order, `size` at a time; the last batch may be smaller."""
 
 
 class Molecules:
     """What has unspliced and spliced stacked, in this order, at the head of `molecules`."""
 
     molecules: Tensor
+
+    @property
+    def measured(self) -> Tensor:
+        """What a model explains: both molecules."""
+        return self.molecules
+
+    @property
+    def site(self) -> str:
+        """The name of the site at which they stand."""
+        return "molecules"
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.molecules.device
 
     @property
     def u(self) -> Tensor:

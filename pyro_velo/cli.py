@@ -27,15 +27,20 @@ from pyro_velo.options import (
     Device,
     FitOptions,
     LikelihoodName,
+    ProfileLikelihoodName,
     RatesName,
+    SizesName,
     StatesName,
     TimesName,
     TranscriptionName,
+    VAEModelName,
+    VAEOptions,
 )
 from pyro_velo.parsing import parse_edges, parse_grid
 from pyro_velo.version import __version__
 
 if TYPE_CHECKING:
+    from pyro_velo.autoencoding import ProfileFit
     from pyro_velo.fitting import Fit
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -370,7 +375,62 @@ def diagnose(
     typer.echo(diagnosing.diagnose_file(folder, data, options, json=json_file, html=html).table())
 
 
-def say_if_interrupted(fitted: Fit) -> None:
+@app.command()
+def vae(
+    data: Annotated[Path, typer.Argument(metavar="IN", exists=True, help="Counts, or other profiles: a file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.h5ad", help="The AnnData to write.")],
+    model: Annotated[VAEModelName, typer.Option(help="Without clusters, with, or with conditions.")] = VAEOptions.model,
+    likelihood: Annotated[
+        ProfileLikelihoodName, typer.Option(help="Of counts, real numbers, or zeros and ones.")
+    ] = VAEOptions.likelihood,
+    layer: Annotated[str | None, typer.Option(metavar="L", help="Default: X.")] = None,
+    depth: Annotated[bool, typer.Option(help="Take library sizes as known.")] = VAEOptions.depth,
+    clusters: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="Default: 1 to 10, as held-out cells have it.")
+    ] = None,
+    sizes: Annotated[SizesName, typer.Option(help="What is known of the clusters' sizes.")] = VAEOptions.sizes,
+    latent: Annotated[int, typer.Option(min=1, metavar="D", help="Latent dimensions.")] = VAEOptions.latent,
+    condition_key: Annotated[str | None, typer.Option(metavar="C", help="obs: what the networks are told.")] = None,
+    covariate: Covariates = None,
+    label_key: Annotated[str | None, typer.Option(metavar="L", help="obs: clusters, where they are known.")] = None,
+    denoised: Annotated[bool, typer.Option("--denoised", help="Write the layer vae_denoised too.")] = False,
+    max_epochs: MaxEpochs = None,
+    batch_size: BatchSize = None,
+    seed: Seed = VAEOptions.seed,
+    threads: Threads = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report as well.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit an autoencoder: a latent space, and the clusters in it."""
+    options = VAEOptions(
+        model=model,
+        likelihood=likelihood,
+        layer=layer,
+        depth=depth,
+        clusters=clusters,
+        sizes=sizes,
+        latent=latent,
+        condition_key=condition_key,
+        covariates=tuple(covariate or ()),
+        label_key=label_key,
+        denoised=denoised,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        seed=seed,
+        threads=threads,
+        report=report,
+        overwrite=overwrite,
+    )
+    from pyro_velo import autoencoding
+
+    fitted = autoencoding.vae_file(data, output, options)
+    say_if_interrupted(fitted)
+    if fitted.number is not None:
+        typer.echo(fitted.number.table())
+    typer.echo(f"Wrote {output}" if report is None else f"Wrote {output} and {report}")
+
+
+def say_if_interrupted(fitted: Fit | ProfileFit) -> None:
     """One line on stderr where Ctrl-C ended the training: what was written is the best that was found until then."""
     if fitted.interrupted:
         print(f"pyro-velo: interrupted at epoch {fitted.epochs}; kept the best parameters so far", file=sys.stderr)

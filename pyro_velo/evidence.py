@@ -25,7 +25,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Data, Minibatch
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import NonFiniteError, blame
 from pyro_velo.schedule import WithoutPenalties
@@ -68,9 +68,7 @@ class Evidence:
 
 
 @torch.no_grad()
-def evidence(
-    fitted: Fitted, cells: Cells, *, particles: int = PARTICLES, draws: int = DRAWS, seed: int = 0
-) -> Evidence:
+def evidence(fitted: Fitted, cells: Data, *, particles: int = PARTICLES, draws: int = DRAWS, seed: int = 0) -> Evidence:
     """Score the held-out cells of a fit on `cells`, with `draws` of the gene-level sites and `particles` a cell each.
 
     The noise is the same for the same seed. Memory does not grow with the number of cells.
@@ -81,7 +79,7 @@ def evidence(
     Raises `InputError` for fewer than two held-out cells, and `NonFiniteError`, naming site and gene, for NaN.
     """
     train_index, index = held_out(fitted, len(cells))
-    device, n_train = cells.molecules.device, len(train_index)
+    device, n_train = cells.device, len(train_index)
     with conditions(fitted, cells, seed):
         genes = _look_at_genes(fitted, cells.batch(index[:1].to(device), n_train))
         size = max(1, CELLS_GENES_AT_ONCE // (particles * cells.n_genes))
@@ -96,12 +94,12 @@ def evidence(
 
 
 @contextmanager
-def conditions(fitted: Fitted, cells: Cells, seed: int) -> Iterator[None]:
+def conditions(fitted: Fitted, cells: Data, seed: int) -> Iterator[None]:
     """Under which a fit is judged: its parameters, no penalties, no validation; random numbers from `seed`.
 
     Afterwards the generators go on as if nothing had been drawn.
     """
-    noise = torch.random.fork_rng([cells.molecules.device] if cells.molecules.is_cuda else [])
+    noise = torch.random.fork_rng([cells.device] if cells.device.type == "cuda" else [])
     with fitted.parameters(), WithoutPenalties(), pyro.validation_enabled(False), noise:
         torch.manual_seed(seed)
         yield
@@ -140,7 +138,7 @@ class _Genes:
     left_out: tuple[str, ...]
 
 
-def _look_at_genes(fitted: Fitted, batch: Batch) -> _Genes:
+def _look_at_genes(fitted: Fitted, batch: Minibatch) -> _Genes:
     """The KL of the shared sites, in nats, and which of all sites are not what they seem: from one cell."""
     guide, program = _traces(fitted, batch)
     shared = {name: site for name, site in _sites(program) if not _cells_dim(site) and not site["is_observed"]}
@@ -154,7 +152,7 @@ def _look_at_genes(fitted: Fitted, batch: Batch) -> _Genes:
     return _Genes(total / DRAWS_OF_GENES, tuple(shared), no_kl, computed_sites(fitted, batch))
 
 
-def computed_sites(fitted: Fitted, batch: Batch) -> tuple[str, ...]:
+def computed_sites(fitted: Fitted, batch: Minibatch) -> tuple[str, ...]:
     """The observed sites of cells whose value hangs on a parameter: what the model says of itself, which is no data."""
     with torch.enable_grad():
         _, program = _traces(fitted, batch)
@@ -162,7 +160,7 @@ def computed_sites(fitted: Fitted, batch: Batch) -> tuple[str, ...]:
     return tuple(name for name, site in observed if site["value"].requires_grad)
 
 
-def log_weights(fitted: Fitted, batch: Batch, draws: int, left_out: tuple[str, ...], step: int) -> Tensor:
+def log_weights(fitted: Fitted, batch: Minibatch, draws: int, left_out: tuple[str, ...], step: int) -> Tensor:
     r"""$\log w$ of each row of a batch under each of `draws` draws of the gene-level sites, (draws, rows) float64.
 
     A row is a cell with latent vectors of its own; `left_out` are sites that do not count (`computed_sites`). Call it
@@ -189,7 +187,7 @@ def _estimates(log_weights: Tensor) -> Tensor:
     return torch.stack((elbo, iw_bound, density))
 
 
-def _traces(fitted: Fitted, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
+def _traces(fitted: Fitted, batch: Minibatch) -> tuple[poutine.Trace, poutine.Trace]:
     """Of the guide, and of the program at its draw."""
     guide = poutine.trace(fitted.guide).get_trace(batch)
     return guide, poutine.trace(poutine.replay(fitted.program, trace=guide)).get_trace(batch)

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_velo.batch import Batch
+from pyro_velo.batch import Minibatch
 from pyro_velo.errors import FitError
 
 
@@ -42,12 +42,13 @@ class NonFiniteError(FitError):
         return NonFiniteError(self.culprit, step=self.step, gene_name=None if gene is None else gene_names[gene])
 
 
-def blame(model: Callable, guide: Callable, batch: Batch, values: Mapping[str, Tensor]) -> Culprit:
+def blame(model: Callable, guide: Callable, batch: Minibatch, values: Mapping[str, Tensor]) -> Culprit:
     """The data, else the first site, in the order of the programs, that is not finite; else the first such gradient."""
-    n_genes = batch.molecules.shape[-1]
+    measured = batch.measured
+    n_genes = measured.shape[-1]
     # An encoder spreads one bad gene over the whole cell, so the data is looked at before any site.
-    if not torch.isfinite(batch.molecules).all():
-        return Culprit("the data (site 'molecules')", _gene(batch.molecules, n_genes))
+    if not torch.isfinite(measured).all():
+        return Culprit(f"the data (site {batch.site!r})", _gene(measured, n_genes))
     with torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(batch)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(batch)

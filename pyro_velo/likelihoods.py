@@ -38,6 +38,8 @@ class Likelihood(ABC):
     """The per-gene parameters; each has a prior of the same name in `Priors`."""
     counts: ClassVar[bool] = False
     """Whether it takes raw integer counts, or else smoothed and scaled expression."""
+    binary: ClassVar[bool] = False
+    """Whether it takes zeros and ones, and log-odds as their mean."""
     lump: ClassVar[bool] = False
     """Whether a zero of a scaled layer has a probability: bounds of densities can't be compared with it."""
     starts: ClassVar[Mapping[str, float]] = STARTS
@@ -166,6 +168,22 @@ class ZINB(Likelihood):
     ) -> TorchDistribution:
         """Zero-inflated negative binomial; `scale` goes unused."""
         return ZeroInflated(NegativeBinomial(mean, parameters["dispersion"]), parameters["gate"])
+
+
+@dataclass(frozen=True)
+class Bernoulli(Likelihood):
+    r"""$x \sim \mathrm{Bernoulli}(\sigma(\bar x))$: a gene is on, 1, or off, 0. For whole profiles, not for velocity.
+
+    The mean $\bar x$ is given as log-odds: a probability of 1 that is rounded would make a 0 impossible.
+    """
+
+    binary = True
+
+    def __call__(
+        self, mean: Tensor, parameters: Mapping[str, Tensor], scale: Tensor | float = 1.0
+    ) -> TorchDistribution:
+        """Bernoulli of those log-odds; `scale` goes unused."""
+        return dist.Bernoulli(logits=mean)
 
 
 class QuickNormal(dist.Normal):
@@ -357,3 +375,9 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "zinb": ZINB,
 }
 """What the command line calls them."""
+
+PROFILE_LIKELIHOODS: dict[str, type[Likelihood]] = {
+    **{name: LIKELIHOODS[name] for name in ("poisson", "nb", "zip", "zinb", "normal")},
+    "bernoulli": Bernoulli,
+}
+"""Those of whole profiles, in which a molecule has no kinetics, by the same names."""

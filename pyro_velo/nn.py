@@ -21,13 +21,14 @@ def mlp(n_in: int, hidden: Sequence[int]) -> nn.Sequential:
 
 
 class NormalEncoder(nn.Module):
-    """(u, s) of a cell to the mean and sd of its latent vector: (B, 2 G) to two times (B, d)."""
+    """What is seen of a cell to the mean and sd of its latent vector: (..., n_in) to two times (..., d)."""
 
     def __init__(self, n_in: int, n_latent: int, hidden: Sequence[int]) -> None:
         super().__init__()
         self.trunk = mlp(n_in, hidden)
-        self.loc = nn.Linear(hidden[-1], n_latent)
-        self.log_scale = nn.Linear(hidden[-1], n_latent)
+        n_last = hidden[-1] if hidden else n_in
+        self.loc = nn.Linear(n_last, n_latent)
+        self.log_scale = nn.Linear(n_last, n_latent)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sd; the sd starts near exp(-1) and is bounded below by exp(-10), far under any that is reached."""

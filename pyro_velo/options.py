@@ -63,6 +63,40 @@ class FitOptions:
     priors: tuple[str, ...] = ()
 
 
+VAEModelName = Literal["vae", "gmvae", "cgmdvae"]
+ProfileLikelihoodName = Literal["poisson", "nb", "zip", "zinb", "normal", "bernoulli"]
+SizesName = Literal["uniform", "learned", "dirichlet"]
+
+
+@dataclass(frozen=True)
+class VAEOptions:
+    """The options of `pyro-velo vae`; `None` leaves the choice to `clustering.TRAINING`, the file or the machine.
+
+    `layer` is by default `X`; `depth` counts the cells' library sizes as known; `clusters` is how many, by default
+    chosen among `candidates`; `condition_key`, `covariates` and `label_key` are columns of obs; `denoised` writes a
+    layer; `report` is an HTML file.
+    """
+
+    model: VAEModelName = "gmvae"
+    likelihood: ProfileLikelihoodName = "nb"
+    layer: str | None = None
+    depth: bool = True
+    clusters: int | None = None
+    candidates: tuple[int, ...] = tuple(range(1, 11))
+    sizes: SizesName = "learned"
+    latent: int = 10
+    condition_key: str | None = None
+    covariates: tuple[str, ...] = ()
+    label_key: str | None = None
+    denoised: bool = False
+    max_epochs: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    threads: int | None = None
+    report: Path | None = None
+    overwrite: bool = False
+
+
 GRID: dict[str, tuple[str, ...]] = {
     "likelihood": get_args(LikelihoodName),
     "states": get_args(StatesName),

@@ -23,7 +23,7 @@ from pyro.optim import ClippedAdam
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Data, Minibatch
 from pyro_velo.doctor.terms import terms_of
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import NonFiniteError, blame
@@ -133,7 +133,7 @@ def split(n_cells: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
 def train(
     model: Model,
     guide: Guide,
-    cells: Cells,
+    cells: Data,
     *,
     settings: TrainSettings | None = None,
     elbo: ELBO | None = None,
@@ -157,7 +157,7 @@ def train(
     return Fitted(program, loop.guide, store, loop.state, interrupted)
 
 
-def restore(model: Model, guide: Guide, cells: Cells, training: Training) -> Fitted:
+def restore(model: Model, guide: Guide, cells: Data, training: Training) -> Fitted:
     """What `train` returned when it left `training`, to the bit; nothing is trained.
 
     Raises `InputError` for the state of another model, guide or number of genes.
@@ -170,7 +170,7 @@ def restore(model: Model, guide: Guide, cells: Cells, training: Training) -> Fit
 
 
 @contextmanager
-def apart(cells: Cells, seed: int) -> Iterator[dict]:
+def apart(cells: Data, seed: int) -> Iterator[dict]:
     """A param store, random numbers from `seed` and no validation, until it ends; yields the store's state."""
     store_apart, unchecked = pyro.get_param_store().scope(), pyro.validation_enabled(False)
     with store_apart as store, _own_noise(cells, seed), unchecked, warnings.catch_warnings():
@@ -180,9 +180,9 @@ def apart(cells: Cells, seed: int) -> Iterator[dict]:
 
 
 @contextmanager
-def _own_noise(cells: Cells, seed: int) -> Iterator[None]:
+def _own_noise(cells: Data, seed: int) -> Iterator[None]:
     """Random numbers from `seed`; afterwards the generators go on as if nothing had been drawn."""
-    with torch.random.fork_rng([cells.molecules.device] if cells.molecules.is_cuda else []):
+    with torch.random.fork_rng([cells.device] if cells.device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
@@ -191,7 +191,7 @@ class _Loop:
     """One run of SVI: what an epoch is, and what is kept of it."""
 
     def __init__(
-        self, program: nn.Module, guide: Any, cells: Cells, settings: TrainSettings, elbo: ELBO, resume: Training | None
+        self, program: nn.Module, guide: Any, cells: Data, settings: TrainSettings, elbo: ELBO, resume: Training | None
     ) -> None:
         self.program, self.guide, self.cells, self.settings = program, guide, cells, settings
         self.train_index, self.held_index = split(len(cells), settings.held_out, settings.seed)
@@ -257,7 +257,7 @@ class _Loop:
         self._note(-total / self.n_batches, held_out, self.warmup.weight(step))
         return evaluated
 
-    def _step(self, batch: Batch, step: int) -> float:
+    def _step(self, batch: Minibatch, step: int) -> float:
         """One gradient step, as in `SVI.step`, with a look at the gradients before they are used."""
         before = torch.get_rng_state()
         with poutine.trace(param_only=True) as capture:
@@ -286,7 +286,7 @@ class _Loop:
             self.state.history.note_terms("train", self._train_terms() if len(self.held_index) else terms)
         return -total / len(index)
 
-    def _loss(self, batch: Batch, terms: dict[str, float], share: float) -> float:
+    def _loss(self, batch: Minibatch, terms: dict[str, float], share: float) -> float:
         """The loss per cell of a batch, whose terms are added to the others with its share."""
         if not self.has_terms:
             return self.svi.loss(self.svi.model, self.svi.guide, batch)
@@ -336,7 +336,7 @@ class _Loop:
         )
 
     def _on_device(self, index: Tensor) -> Tensor:
-        return index.to(self.cells.molecules.device)
+        return index.to(self.cells.device)
 
 
 def _warmup(settings: TrainSettings, epochs: int, n_batches: int) -> Warmup:

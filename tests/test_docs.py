@@ -37,3 +37,11 @@ def test_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith(("http:", "https:")):
             assert (DOCS / target).exists(), target
+
+
+def test_autoencoders_run_as_they_are_written() -> None:
+    (block,) = blocks((DOCS / "autoencoders.md").read_text())
+    scene: dict = {}
+    exec(compile(block, "docs/autoencoders.md", "exec"), scene)
+    assert set(scene["adata"].obs["vae_cluster"].cat.categories) == {"0", "1", "2"}
+    assert scene["other"].mean.shape == ((scene["adata"].obs["condition"] == "condition_0").sum(), 20)

@@ -25,21 +25,27 @@ LAYERS: dict[int, set[str]] = {
         "special",
         "densities",
         "batch",
+        "profiles",
         "nn",
         "compiled",
         "data.anndata_keys",
     },
-    1: {"priors", "likelihoods", "states", "initial", "mixture", "times", "transcription"},
-    2: {"models", "rates", "guides"},
+    1: {
+        *("priors", "likelihoods", "states", "initial", "mixture", "times", "transcription"),
+        *("emission", "gaussian_mixture", "cluster_sizes", "assignments"),
+    },
+    2: {"models", "rates", "guides", "encoders"},
     3: {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "coupling", "evidence", "nuts"),
         *("history", "doctor", "doctor.terms"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
         *("transitions", "macrostates", "fates", "directions", "directional", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
+        *("latent", "clustering", "agreement"),
     },
     4: {
         *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
+        *("autoencoding", "profile_report"),
         *("futures", "audits", "auditing", "checking", "calibrating", "diagnosis", "diagnosing"),
         *("__init__", "__main__"),
     },
@@ -49,7 +55,11 @@ LAYER = {module: layer for layer, modules in LAYERS.items() for module in module
 
 SIDEWAYS = {
     ("densities", "special"),
+    ("emission", "likelihoods"),
+    ("assignments", "gaussian_mixture"),
+    ("assignments", "states"),
     ("guides", "models"),
+    ("encoders", "models"),
     ("guides", "rates"),
     ("train", "forensics"),
     ("train", "history"),
@@ -104,6 +114,11 @@ SIDEWAYS = {
     ("prior_draws", "data"),
     ("prior_draws", "truth"),
     ("preprocess", "data"),
+    # Autoencoders: what a fit says of cells, and fits with clusters.
+    ("latent", "train"),
+    ("clustering", "evidence"),
+    ("clustering", "latent"),
+    ("clustering", "train"),
     ("data", "simulate"),
     ("reporting", "plots"),
     ("api", "fitting"),
@@ -133,6 +148,12 @@ SIDEWAYS = {
     ("calibrating", "api"),
     ("calibrating", "fitting"),
     ("calibrating", "plots"),
+    ("autoencoding", "fitting"),
+    ("autoencoding", "profile_report"),
+    ("profile_report", "plots"),
+    ("profile_report", "reporting"),
+    ("cli", "autoencoding"),
+    ("__init__", "autoencoding"),
     ("cli", "api"),
     ("cli", "auditing"),
     ("cli", "calibrating"),
@@ -327,7 +348,7 @@ def test_the_package_loads_nothing_heavy() -> None:
     assert loaded("-c", f"import {PACKAGE}") & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", [(), ("fit",), ("score",), ("calibrate",), ("audit",), ("diagnose",)])
+@pytest.mark.parametrize("command", [(), ("fit",), ("score",), ("calibrate",), ("audit",), ("diagnose",), ("vae",)])
 def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     assert loaded("-m", PACKAGE, *command, "--help") & (HEAVY | {"numpy", "rich"}) == set()
 

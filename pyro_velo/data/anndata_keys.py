@@ -39,6 +39,10 @@ FATES_OBSM = (FATE_PROBABILITIES, FATE_PROBABILITIES_Q05, FATE_PROBABILITIES_Q95
 FATES_OBS = (FATE_REACHED, FATE_TERMINAL)
 """What `futures.fates` adds."""
 
+VAE, VAE_CLUSTER, VAE_PROBABILITIES, VAE_DENOISED = "X_vae", "vae_cluster", "vae_cluster_probs", "vae_denoised"
+UNS_VAE = "pyro_velo_vae"
+"""What `vae` adds: latent means, the clusters, and on request a denoised layer; how it was made."""
+
 TRUE_ALPHA, TRUE_BETA, TRUE_GAMMA, TRUE_SWITCH = "true_alpha", "true_beta", "true_gamma", "true_t_"
 TRUE_TIME, TRUE_VELOCITY, TRUE_U, TRUE_S = "true_t", "true_velocity", "true_u", "true_s"
 TRUE_LIBRARY = "true_library"

@@ -24,9 +24,10 @@ from pyro_velo.data.anndata_keys import (
     TRUE_VELOCITY,
     UNSPLICED,
 )
-from pyro_velo.simulate import Batches, Simulation
+from pyro_velo.simulate import Batches, ClusterSimulation, Simulation
 
 LINEAGE, BATCH, SIMULATION = "lineage", "batch", "simulation"
+COUNTS, TRUE_LOG_MEAN = "counts", "true_log_mean"
 TRUE_ONSET, TRUE_GATE = "true_onset", "true_gate"
 TRUE_CAPTURE_U, TRUE_CAPTURE_S = "true_capture_u", "true_capture_s"
 
@@ -75,6 +76,29 @@ def to_anndata(simulation: Simulation) -> AnnData:
         adata.varm[TRUE_ONSET], adata.varm[TRUE_SWITCH] = simulation.true_onset.T, switch.T
     elif (simulation.true_onset > 0).any():
         adata.var[TRUE_ONSET] = simulation.true_onset[0]
+    return adata
+
+
+def clusters_to_anndata(simulation: ClusterSimulation) -> AnnData:
+    """The simulation as N cells x G genes, its counts in `X` and in the layer `counts`, int32 CSR.
+
+    obs: `cluster` and `condition`, categories; `true_library`. varm: `true_log_mean` (genes, clusters x conditions), a
+    cluster's conditions side by side. uns: `simulation`, the settings and the seed.
+    """
+    obs = pd.DataFrame(
+        {
+            "cluster": pd.Categorical([f"cluster_{k}" for k in simulation.label]),
+            "condition": pd.Categorical([f"condition_{c}" for c in simulation.condition]),
+            TRUE_LIBRARY: simulation.library,
+        },
+        index=[f"cell_{number}" for number in range(len(simulation.label))],
+    )
+    n_genes = simulation.counts.shape[1]
+    var = pd.DataFrame(index=[f"gene_{number}" for number in range(n_genes)])
+    counts = _measured(simulation.counts)
+    adata = AnnData(counts, obs=obs, var=var, layers={COUNTS: counts.copy()})
+    adata.varm[TRUE_LOG_MEAN] = simulation.log_mean.reshape(-1, n_genes).T
+    adata.uns[SIMULATION] = {"settings": _plain(simulation.settings), "seed": simulation.seed}
     return adata
 
 

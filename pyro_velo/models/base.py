@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import nn
-
-from pyro_velo.batch import Cells
 
 
 class Model(ABC):
     """A recipe for a generative program. It holds choices, not parameters, so one recipe serves any number of fits."""
 
     @abstractmethod
-    def build(self, cells: Cells) -> nn.Module:
-        """The program for these cells' genes: a module that takes a `Batch` and makes `pyro.sample` statements."""
+    def build(self, cells: Any) -> nn.Module:
+        """The program for these cells' genes: a module that takes a minibatch and makes `pyro.sample` statements.
+
+        `cells` is the kind of `batch.Data` that the model explains.
+        """
 
 
 class Guide(ABC):
@@ -22,4 +24,4 @@ class Guide(ABC):
 
     @abstractmethod
     def __call__(self, program: nn.Module) -> nn.Module:
-        """The guide of `program`: a module that is called with the same `Batch`."""
+        """The guide of `program`: a module that is called with the same minibatch."""

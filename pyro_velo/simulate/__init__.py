@@ -1,4 +1,4 @@
-"""Cells and genes whose kinetics are known: what a method must recover, and nulls with nothing to recover.
+"""Cells and genes whose kinetics, or clusters, are known: what a method must recover, and nulls without either.
 
 Each part of the story is an object that can be replaced: the rates (`Kinetics`), the cells' times (`Clock`), the path
 they follow (`Lineages` that branch, or a `Cycle`), and what the measurement adds (`Noise`, `Batches`). No global random
@@ -12,6 +12,7 @@ state is read or written.
 from __future__ import annotations
 
 from pyro_velo.simulate.batches import Batches
+from pyro_velo.simulate.clusters import ClusterSettings, ClusterSimulation, simulate_clusters, simulate_poisson
 from pyro_velo.simulate.noise import (
     Counts,
     LibrarySize,
@@ -46,6 +47,8 @@ __all__ = [
     "NOISES",
     "Batches",
     "Clock",
+    "ClusterSettings",
+    "ClusterSimulation",
     "Counts",
     "Cycle",
     "GeneTime",
@@ -64,4 +67,6 @@ __all__ = [
     "Simulation",
     "ZeroInflatedNegativeBinomial",
     "simulate",
+    "simulate_clusters",
+    "simulate_poisson",
 ]

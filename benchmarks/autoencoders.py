@@ -1,0 +1,213 @@
+"""The autoencoders on data whose truth is known: rates, clusters, their number, conversions, and handwritten digits.
+
+Each task prints a row a seed; `curves` writes a picture of the synthetic Poisson's log-likelihood and KL by epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from pyro import poutine
+from torch.distributions import kl_divergence
+
+import pyro_velo as pv
+from pyro_velo import simulate
+from pyro_velo.agreement import agreement
+from pyro_velo.clustering import TRAINING, Mixed, StartSettings, choose_clusters, elbo_for, fit_profiles
+from pyro_velo.encoders import Encoder
+from pyro_velo.latent import cluster_probabilities, converted, denoised
+from pyro_velo.likelihoods import Bernoulli, Poisson
+from pyro_velo.profiles import UNKNOWN, Profiles
+from pyro_velo.train import Fitted, Training, restore, train
+
+SHARE_OF_LABELS = 0.05
+
+
+def poisson(seed: int) -> dict[str, Any]:
+    """Seed 001, 3.2: ten genes of rates 1 to 10 in 2,000 cells, a layer of seven neurons, three latent dimensions."""
+    counts = simulate.simulate_poisson(seed=seed)
+    cells = Profiles.of_counts(torch.from_numpy(counts), depth=False)
+    model = pv.VAE(Poisson(), n_latent=3, hidden=(7,))
+    settings = replace(TRAINING, seed=seed)
+    found = denoised(fit_profiles(model, Encoder((7,)), cells, settings=settings, progress=False), cells).mean(0)
+    rates = np.arange(1, 11)
+    return {
+        "worst rate, % off": 100 * np.abs(found / rates - 1).max(),
+        "worst mean of the counts themselves, % off": 100 * np.abs(counts.mean(0) / rates - 1).max(),
+    }
+
+
+def curves(path: Path, seed: int = 0) -> None:
+    """E[log p(x | z)] and KL per cell by epoch on the synthetic Poisson, from the states that training passes."""
+    import matplotlib.pyplot as plt
+
+    cells = Profiles.of_counts(torch.from_numpy(simulate.simulate_poisson(seed=seed)), depth=False)
+    model, guide, states = pv.VAE(Poisson(), n_latent=3, hidden=(7,)), Encoder((7,)), list[Training]()
+    settings = replace(TRAINING, seed=seed, max_steps=600, evaluate_steps=8, patience=1000, warmup=0.0)
+    train(model, guide, cells, settings=settings, elbo=elbo_for(model), on_evaluation=states.append, progress=False)
+    terms = np.array([_terms(restore(model, guide, cells, replace(s, best=s.parameters)), cells) for s in states])
+    epochs = [state.epoch for state in states]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    for ax, values, name in zip(axes, terms.T, ("E[log p(x | z)]", "KL(q(z | x) || p(z))"), strict=True):
+        ax.plot(epochs, values, color="#0072b2")
+        ax.set(xlabel="epoch", ylabel=f"{name}, nats per cell")
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    first, last = terms[0], terms[-1]
+    print(f"log-likelihood {first[0]:.3f} to {last[0]:.3f}, KL {first[1]:.3f} to {last[1]:.5f}; wrote {path}")
+
+
+def _terms(fitted: Fitted, cells: Profiles) -> tuple[float, float]:
+    batch = cells.batch(torch.arange(len(cells)))
+    with fitted.parameters(), pyro.validation_enabled(False), torch.no_grad():
+        torch.manual_seed(0)
+        guide = poutine.trace(fitted.guide).get_trace(batch)
+        program = poutine.trace(poutine.replay(fitted.program, trace=guide)).get_trace(batch)
+    kl = kl_divergence(guide.nodes["z"]["fn"].base_dist, program.nodes["z"]["fn"].base_dist).sum()
+    x = program.nodes["x"]
+    return float(x["fn"].log_prob(x["value"]).sum() / len(cells)), float(kl / len(cells))
+
+
+def clusters(seed: int, n_cells: int = 1000, n_genes: int = 50) -> dict[str, Any]:
+    """Five clusters of negative binomial counts; and the share of cells that the truth itself would place right."""
+    found = simulate.simulate_clusters(n_cells, n_genes, seed=seed)
+    cells = Profiles.of_counts(torch.from_numpy(found.counts))
+    fitted = fit_profiles(pv.GMVAE(5), None, cells, settings=replace(TRAINING, seed=seed), progress=False)
+    score = agreement(found.label, _clusters(fitted, cells))
+    return {
+        "ARI": score.ari,
+        "NMI": score.nmi,
+        "accuracy": score.accuracy,
+        "ARI of the truth's Bayes rule": _bayes(found),
+    }
+
+
+def _bayes(found: simulate.ClusterSimulation) -> float:
+    """The ARI of the clusters to which cells go when every mean, library size and dispersion is known."""
+    from scipy.stats import nbinom
+
+    mean = found.library[:, None, None] * np.exp(found.log_mean[:, 0])
+    theta = found.settings.noise.theta
+    log_p = nbinom.logpmf(found.counts[:, None], theta, theta / (theta + mean)).sum(-1)
+    return agreement(found.label, log_p.argmax(1)).ari
+
+
+def number(seed: int, true: int = 5, n_cells: int = 1000, n_genes: int = 50) -> dict[str, Any]:
+    """How many clusters there are said to be, of 1 to 3 where there is one, else of 1 and those around the truth."""
+    settings = simulate.ClusterSettings(clusters=true)
+    found = simulate.simulate_clusters(n_cells, n_genes, settings=settings, seed=seed)
+    cells = Profiles.of_counts(torch.from_numpy(found.counts))
+    candidates = (1, 2, 3) if true == 1 else (1, true - 1, true, true + 1, true + 3)
+    chosen = choose_clusters(
+        pv.GMVAE(1), None, cells, candidates, settings=replace(TRAINING, seed=seed, max_steps=600),
+        start=StartSettings(restarts=1), progress=False,
+    )  # fmt: skip
+    return {"true": true, "chosen": chosen.choice, "bounds": " ".join(f"{b:.2f}" for b in chosen.bounds)}
+
+
+def null(seed: int) -> dict[str, Any]:
+    """As `number`, where there is one cluster."""
+    return number(seed, true=1)
+
+
+def transfer(seed: int, n_cells: int = 1500, n_genes: int = 60) -> dict[str, Any]:
+    """Five types under two conditions; the first type is never seen under the second, to which it is converted."""
+    settings = simulate.ClusterSettings(conditions=2)
+    found = simulate.simulate_clusters(n_cells, n_genes, settings=settings, seed=seed)
+    unseen = (found.label == 0) & (found.condition == 1)
+    everyone = Profiles.of_counts(torch.from_numpy(found.counts), covariates=torch.eye(2)[found.condition])
+    cells = everyone.among(torch.from_numpy(np.flatnonzero(~unseen)))
+    label, condition = found.label[~unseen], found.condition[~unseen]
+    fitted = fit_profiles(pv.CGMDVAE(5), None, cells, settings=replace(TRAINING, seed=seed), progress=False)
+    clusters = _clusters(fitted, cells)
+    source = np.flatnonzero((label == 0) & (condition == 0))
+    part = cells.among(torch.from_numpy(source))
+    made = converted(fitted, part, torch.eye(2)[[1]].expand(len(part), 2), mean=True, seed=seed)
+    profiles = (everyone.x / everyone.size_factors).numpy()
+    truth, seen = profiles[unseen].mean(0), profiles[~unseen]
+    others = label != 0
+    shift = seen[others & (condition == 1)].mean(0) - seen[others & (condition == 0)].mean(0)
+    return {
+        "ARI, types": agreement(label, clusters).ari,
+        "ARI, conditions": agreement(condition, clusters).ari,
+        "R2 of the conversion": _r2(made.mean, truth),
+        "of the mean shift": _r2(seen[source].mean(0) + shift, truth),
+        "of no change": _r2(seen[source].mean(0), truth),
+        "90 % intervals cover": float(((made.q05 <= truth) & (truth <= made.q95)).mean()),
+    }
+
+
+def mnist(seed: int, labels: bool = False) -> dict[str, Any]:
+    """10,000 images of digits, zeros and ones; without labels, or with those of 5 % of them."""
+    folder = Path(os.environ.get("PYRO_VELO_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    with np.load(folder / "mnist_10k.npz") as file:
+        images, digit = file["images"].reshape(10_000, -1), file["labels"].astype(np.int64)
+    known = np.random.default_rng(seed).random(len(digit)) < SHARE_OF_LABELS
+    given = torch.from_numpy(np.where(known, digit, UNKNOWN)) if labels else None
+    cells = Profiles(torch.from_numpy((images > 127).astype(np.float32)), labels=given)
+    model: Mixed = (pv.CGMDVAE if labels else pv.GMVAE)(10, Bernoulli(), hidden=(500,))
+    settings = replace(TRAINING, seed=seed)
+    fitted = fit_profiles(
+        model,
+        Encoder((500,)),
+        cells,
+        settings=settings,
+        start=StartSettings(vae_steps=1500, restarts=1),
+        progress=False,
+    )
+    placed = _clusters(fitted, cells)
+    if labels:
+        return {"accuracy of the others": float((placed == digit)[~known].mean())}
+    score = agreement(digit, placed)
+    return {"accuracy": score.accuracy, "ARI": score.ari}
+
+
+def mnist_labels(seed: int) -> dict[str, Any]:
+    """As `mnist`, with labels."""
+    return mnist(seed, labels=True)
+
+
+def _clusters(fitted: Fitted, cells: Profiles) -> NDArray[np.int64]:
+    return cluster_probabilities(fitted, cells, draws=20).argmax(1)
+
+
+def _r2(made: NDArray, truth: NDArray) -> float:
+    """The share of the variance over genes that is explained."""
+    return float(1 - ((made - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
+
+
+TASKS: dict[str, Callable[[int], dict[str, Any]]] = {
+    task.__name__: task for task in (poisson, clusters, number, null, transfer, mnist, mnist_labels)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tasks", nargs="+", choices=[*TASKS, "curves"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--picture", type=Path, default=Path("autoencoders.png"), help="what `curves` writes")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in asked.tasks:
+        if name == "curves":
+            curves(asked.picture)
+            continue
+        for seed in asked.seeds:
+            start = time.process_time()
+            row = TASKS[name](seed)
+            shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print(f"{name} {seed}: {shown} ({time.process_time() - start:.0f} s of CPU)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Fit an autoencoder to one matrix of an AnnData, and what the fit can say of its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pyro_velo import latent as summaries
+from pyro_velo.agreement import Agreement, agreement
+from pyro_velo.cluster_sizes import SIZES
+from pyro_velo.clustering import (
+    TRAINING,
+    Mixed,
+    NumberOfClusters,
+    StartSettings,
+    choose_clusters,
+    default_guide,
+    fit_profiles,
+)
+from pyro_velo.data import check_output, check_writable, checked_labels, read, write_whole
+from pyro_velo.data.profile_data import ProfileData, check_profile_keys, cluster_names, profile_data, write_profiles
+from pyro_velo.errors import InputError
+from pyro_velo.evidence import Evidence, evidence
+from pyro_velo.fitting import in_words
+from pyro_velo.forensics import NonFiniteError
+from pyro_velo.likelihoods import PROFILE_LIKELIHOODS
+from pyro_velo.models.base import Guide
+from pyro_velo.models.cgmdvae import CGMDVAE
+from pyro_velo.models.gmvae import GMVAE
+from pyro_velo.models.vae import VAE
+from pyro_velo.options import VAEOptions
+from pyro_velo.train import Fitted, TrainSettings
+from pyro_velo.version import __version__
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+Array = NDArray[np.float64]
+
+MODELS: dict[str, type[VAE | GMVAE | CGMDVAE]] = {"vae": VAE, "gmvae": GMVAE, "cgmdvae": CGMDVAE}
+"""What the command line calls them."""
+
+
+@dataclass(frozen=True)
+class ProfileFit:
+    """A fitted autoencoder, with the data that it was fitted on.
+
+    `number` says why it has so many clusters, where it chose their number itself.
+    """
+
+    fitted: Fitted
+    data: ProfileData
+    recipe: str
+    number: NumberOfClusters | None = None
+
+    @property
+    def history(self) -> dict[str, list[float]]:
+        """The ELBO per cell by epoch: `epoch`, `train`, `held_out` (NaN where it was not evaluated), `kl_weight`."""
+        return asdict(self.fitted.training.history)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it."""
+        return self.fitted.interrupted
+
+    @property
+    def epochs(self) -> int:
+        """The passes over the training cells that it was trained for."""
+        return self.fitted.training.epoch
+
+    @property
+    def has_clusters(self) -> bool:
+        """Whether the model has any."""
+        return hasattr(self.fitted.program, "log_clusters")
+
+    def latent(self) -> Array:
+        """E[z] of each cell, (N, d)."""
+        return summaries.latent_means(self.fitted, self.data.profiles)
+
+    def cluster_probabilities(self, *, draws: int = summaries.DRAWS) -> Array:
+        """The posterior probability of each cluster, (N, K); `InputError` for a model without clusters."""
+        return summaries.cluster_probabilities(self.fitted, self.data.profiles, draws=draws, seed=self._seed)
+
+    def clusters(self) -> NDArray[np.str_]:
+        """The name of each cell's likeliest cluster, (N,)."""
+        probabilities = self.cluster_probabilities()
+        names = cluster_names(self.data.labels, probabilities.shape[1])
+        return np.asarray(names)[probabilities.argmax(1)]
+
+    def denoised(self, *, draws: int = summaries.DRAWS) -> NDArray[np.float32]:
+        """The posterior mean of each cell's profile at the median depth, (N, fitted genes)."""
+        return summaries.denoised(self.fitted, self.data.profiles, draws=draws, seed=self._seed)
+
+    def converted(
+        self,
+        column: str,
+        level: str,
+        *,
+        cells: NDArray[np.bool_] | None = None,
+        mean: bool = False,
+        draws: int = summaries.DRAWS,
+    ) -> summaries.Interval:
+        """The profiles of `cells` (a mask; None: all) as if obs[`column`] were `level`; see `latent.converted`.
+
+        Raises `InputError` for a column that was not told to the fit, and an unknown level.
+        """
+        covariates, profiles = self.data.as_if(column, level), self.data.profiles
+        if cells is not None:
+            index = torch.from_numpy(np.flatnonzero(cells)).to(profiles.device)
+            covariates, profiles = covariates[index], profiles.among(index)
+        return summaries.converted(self.fitted, profiles, covariates, draws=draws, seed=self._seed, mean=mean)
+
+    def evidence(self, **options: Any) -> Evidence:
+        """The scores of the held-out cells; see `evidence.evidence`."""
+        return evidence(self.fitted, self.data.profiles, **options)
+
+    def agreement(self, adata: AnnData, key: str) -> Agreement:
+        """How well the clusters agree with obs[`key`]; `InputError` for a column with missing labels."""
+        return agreement(checked_labels(adata, key), self.cluster_probabilities().argmax(1))
+
+    def write(self, adata: AnnData, *, denoised: bool = False, overwrite: bool = False) -> None:
+        """Write latent means, clusters and, if asked for, denoised profiles into `adata`; see `anndata_keys`.
+
+        Raises `InputError` where `adata` is not of the cells and genes that were fitted, or holds such keys already
+        (unless `overwrite`).
+        """
+        check_profile_keys(adata, overwrite=overwrite)
+        write_profiles(
+            adata,
+            self.data,
+            latent=self.latent(),
+            probabilities=self.cluster_probabilities() if self.has_clusters else None,
+            denoised=self.denoised() if denoised else None,
+            about=self.about(),
+        )
+
+    def about(self) -> dict[str, Any]:
+        """Everything needed to say how the numbers were made."""
+        training = self.fitted.training
+        about = {
+            "version": __version__,
+            "model": self.recipe,
+            "layer": self.data.layer,
+            "settings": {name: "" if value is None else value for name, value in asdict(training.settings).items()},
+            "elbo_history": self.history,
+            "held_out_elbo": training.plateau.best,
+            "interrupted": self.interrupted,
+        }
+        if self.number is not None:
+            about["number_of_clusters"] = {
+                "candidates": list(self.number.candidates),
+                "bounds": list(self.number.bounds),
+                "choice": self.number.choice,
+            }
+        return about
+
+    @property
+    def _seed(self) -> int:
+        return self.fitted.training.settings.seed
+
+
+def vae(
+    model: VAE | Mixed | None,
+    guide: Guide | None,
+    adata: AnnData,
+    *,
+    seed: int = 0,
+    settings: TrainSettings | None = None,
+    start: StartSettings | None = None,
+    candidates: Sequence[int] | None = None,
+    data: ProfileData | None = None,
+    progress: bool | None = None,
+) -> ProfileFit:
+    """Fit an autoencoder (None: a `VAE` of negative binomial counts) to `adata`, which stays as it is.
+
+    `data` says which matrix (see `data.profile_data.profile_data`; by default the counts in `X`); `settings` are by
+    default `clustering.TRAINING`, with `seed` put in; `start` how a model with clusters starts. With `candidates` every
+    number of clusters among them is fitted, and the held-out bound chooses.
+
+    Raises `InputError` for bad data and clusters that can't be; `NonFiniteError`, naming the gene, for NaN in the fit.
+
+    >>> import pyro_velo as pv
+    >>> fit = pv.vae(pv.GMVAE(n_clusters=5), None, adata, seed=0)  # doctest: +SKIP
+    """
+    model = model or VAE()
+    guide = guide or default_guide(model)
+    data = data or profile_data(adata, counts=model.likelihood.counts)
+    wanted = replace(settings or TRAINING, seed=seed)
+    number = None
+    try:
+        if candidates is None:
+            fitted = fit_profiles(model, guide, data.profiles, settings=wanted, start=start, progress=progress)
+        else:
+            if isinstance(model, VAE):
+                raise InputError("Expected a model with clusters to choose their number; got a VAE. Pass a GMVAE.")
+            number = choose_clusters(
+                model, guide, data.profiles, candidates, settings=wanted, start=start, progress=progress
+            )
+            fitted, model = number.fitted, replace(model, n_clusters=number.choice)
+    except NonFiniteError as error:
+        raise error.named(data.gene_names) from None
+    return ProfileFit(fitted, data, in_words(model, guide), number)
+
+
+def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
+    """Read, fit what the options name, and write the AnnData and the report; what can be checked is checked before.
+
+    Ctrl-C during the training ends it, and the best parameters so far are written.
+    """
+    check_output(output, options.overwrite, source=path)
+    if options.report is not None:
+        check_output(options.report, options.overwrite, source=path, formats=(".html",))
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    adata = read(path)
+    check_profile_keys(adata, overwrite=options.overwrite)
+    check_writable(adata)
+    model, candidates = recipe(options)
+    data = profile_data(
+        adata,
+        layer=options.layer,
+        counts=model.likelihood.counts,
+        depth=options.depth,
+        condition_key=options.condition_key,
+        covariates=options.covariates,
+        label_key=options.label_key,
+    )
+    given = {"max_epochs": options.max_epochs, "batch_size": options.batch_size}
+    training = replace(TRAINING, **{name: value for name, value in given.items() if value is not None})
+    fit = vae(model, None, adata, seed=options.seed, settings=training, candidates=candidates, data=data)
+    fit.write(adata, denoised=options.denoised, overwrite=options.overwrite)
+    write_whole(adata, output, options.overwrite)
+    if options.report is not None:
+        from pyro_velo.profile_report import profile_report
+
+        profile_report(adata, options.report)
+    return fit
+
+
+def recipe(options: VAEOptions) -> tuple[VAE | Mixed, Sequence[int] | None]:
+    """The model that the options name, and the numbers of clusters to choose from, if none is given.
+
+    Raises `InputError` for options that the model has no use for.
+    """
+    likelihood = PROFILE_LIKELIHOODS[options.likelihood]()
+    if options.model == "vae":
+        for name in ("clusters", "label_key"):
+            if getattr(options, name) is not None:
+                raise InputError(
+                    f"Expected no {name.replace('_', '-')} for a model without clusters; got "
+                    f"{getattr(options, name)!r}. Use --model gmvae or cgmdvae."
+                )
+        return VAE(likelihood, options.latent), None
+    sizes = SIZES[options.sizes]()
+    kind = {"gmvae": GMVAE, "cgmdvae": CGMDVAE}[options.model]
+    model = kind(options.clusters or 1, likelihood, sizes, n_latent=options.latent)
+    return model, None if options.clusters else options.candidates
