@@ -45,6 +45,8 @@ from pyro_velo.train import Fitted, split
 WARPS, CELLS_A_WARP = 40, 10
 """Bends of the clock at most, and the cells that each must have."""
 ROUNDS = 8
+PAIRS = 4
+"""Draws of rates and warps, each with its mirror image, that a bound is the mean of."""
 CELLS_GENES_AT_ONCE = 128 * 1024
 LARGEST_STEP = 0.3
 """Of the clock, in a round, in sds of its prior; the steps of rates and cells are bounded in their own sds."""
@@ -71,11 +73,11 @@ def couple(fitted: Fitted, cells: Cells, *, seed: int = 0, progress: bool | None
     with fitted.parameters(), noise, pyro.validation_enabled(False):
         torch.manual_seed(seed)
         search = Search(fitted, cells)
-        before = search.objective()
+        before = search.bound()
         try:
             for _ in tqdm(range(ROUNDS), desc="coupling", disable=None if progress is None else not progress):
                 search.round()
-            improved = search.objective() > before
+            improved = search.bound() > before
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             improved = False
         if not improved:
@@ -107,6 +109,11 @@ class Covariance(NamedTuple):
         half = root.mT @ information.cross
         warps = information.warps - torch.einsum("gkm,gkl->ml", half, half)
         return cls(root, root @ half, _root_of_inverse((warps + warps.mT) / 2))
+
+    def log_size(self) -> float:
+        """Half the log-determinant, summed over genes and warps."""
+        roots = (self.root.diagonal(dim1=-2, dim2=-1), self.warp_root.diagonal())
+        return float(sum(each.log().sum() for each in roots))
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """Deviations of the rates from their means, (G, K), and w (M,)."""
@@ -248,11 +255,15 @@ class Search:
         self.covariance = Covariance.of(information)
         self._move_together(information, self.covariance)
 
-    def objective(self) -> float:
-        """The log-joint that is expected under q, with the entropy of what is each cell's own."""
+    def bound(self) -> float:
+        """The ELBO of the training cells but for a constant, at the means as they are and the covariance there."""
         torch.manual_seed(0)
-        still = torch.zeros_like(self.x), torch.zeros_like(self.clock)
-        return self._either_side(*still)[0].log_joint + float((self.trained * self.clock_sd.log()).sum())
+        before, self.covariance = self.covariance, None
+        self.covariance = Covariance.of(self._around()[0])
+        expected = sum(self._around()[0].log_joint for _ in range(PAIRS)) / PAIRS
+        entropy = self.covariance.log_size() + float((self.trained * self.clock_sd.log()).sum())
+        self.covariance = before
+        return expected + entropy
 
     def guide_found(self) -> AmortizedProgram:
         """The guide of the fit, with coupled rates and each cell's own place."""

@@ -203,10 +203,14 @@ class VelocityProgram(nn.Module):
         return Means((u_on, u_full, u_off, empty), (s_on, s_full, s_off, empty))
 
     def weighted(self, log_weights: Tensor, timed: Timed) -> Tensor:
-        """The states' log-weights (4, B, G), with what the times say of them."""
+        """The states' log-weights (4, B, G), with what the times say of them.
+
+        Where the times say which of the states on the way a gene is in, these share one weight: their sum.
+        """
         if timed.log_weights is None:
             return log_weights
-        return log_weights + torch.stack(timed.log_weights)
+        running = log_weights[:3].logsumexp(0)
+        return torch.stack((running, running, running, log_weights[3])) + torch.stack(timed.log_weights)
 
     def mixture(self, log_weights: Tensor, means: Means, values: Mapping[str, Tensor], batch: Batch) -> JointMixture:
         """The joint mixture over the states for both molecules."""
