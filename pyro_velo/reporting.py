@@ -108,6 +108,9 @@ def _training(adata: Annotated) -> dict[str, Any]:
     epoch, train = (np.asarray(history[name], dtype=np.float64) for name in ("epoch", "train"))
     best = best_epoch(history)
     told: dict[str, Any] = {"picture": chart, "epochs": f"{epoch[-1]:g}" if len(epoch) else "0", "best": None}
+    # A fit by another ELBO than Pyro's own has none.
+    terms = (history.get("terms") or {}).get("held_out")
+    told["terms"] = picture_of(plots.elbo_terms(history), "Line charts: each term of the ELBO.") if terms else None
     if best is not None:
         seen = epoch[np.isfinite(np.asarray(history["held_out"], dtype=np.float64))]
         at_best = float(np.interp(best[0], epoch, train))
@@ -212,8 +215,13 @@ def _portrait(adata: Annotated, gene: str) -> Picture:
 def picture(draw: Callable[[Axes], Axes], width: float, height: float, alt: str) -> Picture:
     """What `draw` draws on an ax of `width` x `height` inches, on a figure of which pyplot knows nothing."""
     figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
     draw(figure.add_axes((0, 0, 1, 1)))  # labels and legends lie outside, and saving makes room for them
+    return picture_of(figure, alt)
+
+
+def picture_of(figure: Figure, alt: str) -> Picture:
+    """A figure as it is."""
+    FigureCanvasAgg(figure)
     file = BytesIO()
     figure.savefig(file, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.05, facecolor="white")
     png = file.getvalue()

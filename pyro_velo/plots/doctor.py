@@ -38,7 +38,9 @@ def elbo_term(history: Mapping[str, Any], name: str, *, ax: Axes | None = None) 
     ):
         values = _term(history, cells, name)
         seen = ~np.isnan(values)
-        ax.plot(epoch[: len(values)][seen], values[seen], color=color, lw=width, label=label)
+        # One look alone makes no line.
+        marker = "o" if seen.sum() == 1 else None
+        ax.plot(epoch[: len(values)][seen], values[seen], color=color, lw=width, label=label, marker=marker, ms=4)
         shown.append(values[seen])
     _leave_out_the_start(ax, shown)
     ax.set_title(name, fontsize=9, parse_math=False)
