@@ -44,12 +44,17 @@ from pyro_velo.train import Fitted, split
 
 WARPS, CELLS_A_WARP = 40, 10
 """Bends of the clock at most, and the cells that each must have."""
-ROUNDS = 8
+ROUNDS, LOOKS = 4, 6
+"""Newton's steps between two looks at the bound, and such looks at most."""
+ENOUGH = 0.02
+"""The rise of the bound, in nats a cell, below which the search ends."""
 PAIRS = 4
 """Draws of rates and warps, each with its mirror image, that a bound is the mean of."""
 CELLS_GENES_AT_ONCE = 128 * 1024
-LARGEST_STEP = 0.3
-"""Of the clock, in a round, in sds of its prior; the steps of rates and cells are bounded in their own sds."""
+LARGEST_STEP, LARGEST_STEPS = 0.3, 3.0
+"""Of the clock in a round, in sds of its prior; and of rates, in their own."""
+PRIOR_DRAWS, FLATTEST = 500, 10.0
+"""Draws that a prior's sd on the unconstrained scale is read off, and the largest that counts."""
 
 
 def applies(fitted: Fitted) -> bool:
@@ -73,14 +78,7 @@ def couple(fitted: Fitted, cells: Cells, *, seed: int = 0, progress: bool | None
     with fitted.parameters(), noise, pyro.validation_enabled(False):
         torch.manual_seed(seed)
         search = Search(fitted, cells)
-        before = search.bound()
-        try:
-            for _ in tqdm(range(ROUNDS), desc="coupling", disable=None if progress is None else not progress):
-                search.round()
-            improved = search.bound() > before
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            improved = False
-        if not improved:
+        if not search.climb(progress):
             text = "Rates and clock could not be coupled: the intervals of this fit are too narrow."
             warnings.warn(text, stacklevel=2)
             return fitted
@@ -157,6 +155,7 @@ class Genes:
         with pyro.plate("genes", program.n_genes, dim=-1):
             trace = poutine.trace(program.sample_genes).get_trace()
         self.priors = {name: trace.nodes[name]["fn"] for name in self.coupled}
+        self.precision = torch.diag_embed(torch.stack([self._precision(name) for name in self.coupled], -1)).double()
 
     def start(self) -> Tensor:
         """(G, K) float64, where the guide has them."""
@@ -167,22 +166,22 @@ class Genes:
         found = {name: each.transform(x[..., k]) for k, (name, each) in enumerate(self.coupled.items())}
         return found | {name: each.transform(each.loc) for name, each in self.others.items()}
 
-    def prior(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The log-density at x (G, K), its gradient, and its negative Hessian (G, K, K), made positive semidefinite."""
+    def prior(self, x: Tensor) -> tuple[float, Tensor]:
+        """The log-density at x (G, K), and its gradient."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             log_density = self._log_density(x)
-            (gradient,) = torch.autograd.grad(log_density, x, create_graph=True)
-            rows = [
-                torch.autograd.grad(gradient[:, k].sum(), x, retain_graph=True, allow_unused=True)[0]
-                if gradient.requires_grad
-                else None
-                for k in range(x.shape[1])
-            ]
-        hessian = torch.stack([torch.zeros_like(x) if row is None else -row for row in rows], 1).double()
-        values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-        precision = vectors * values.clamp_min(0).unsqueeze(-2) @ vectors.mT
-        return log_density.detach().double(), gradient.detach().double(), precision
+            (gradient,) = torch.autograd.grad(log_density, x)
+        return float(log_density.detach()), gradient.double()
+
+    def _precision(self, name: str) -> Tensor:
+        """That of a Normal with the prior's variance, (G,): curvature alone has no bound where a prior is flat."""
+        prior, each = self.priors[name], self.coupled[name]
+        try:
+            drawn = each.transform.inv(prior.expand(each.loc.shape).sample(torch.Size([PRIOR_DRAWS])))
+        except NotImplementedError:
+            return torch.full_like(each.loc, FLATTEST**-2)
+        return 1 / drawn.var(0).clamp_max(FLATTEST**2)
 
     def _log_density(self, x: Tensor) -> Tensor:
         values, total = self.values(x), x.new_zeros(())
@@ -246,6 +245,28 @@ class Search:
         self.clock, self.clock_sd = self.z[:, 0].double(), self.scale[:, 0].double()
         self.covariance: Covariance | None = None
 
+    def climb(self, progress: bool | None = None) -> bool:
+        """Rounds until the bound has stopped rising, then back to where it was highest: whether that is elsewhere."""
+        best, kept, climbed = self.bound(), self._state(), False
+        hidden = None if progress is None else not progress
+        for _ in tqdm(range(LOOKS), desc="coupling", disable=hidden, leave=False):
+            try:
+                for _ in range(ROUNDS):
+                    self.round()
+                found = self.bound()
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                break
+            if not found > best:
+                break
+            rise, best, kept, climbed = found - best, found, self._state(), True
+            if rise < ENOUGH * len(self.cells):
+                break
+        self.x, self.clock, self.clock_sd, self.covariance = kept
+        return climbed
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor, Covariance | None]:
+        return self.x, self.clock, self.clock_sd, self.covariance
+
     def round(self) -> None:
         """One step of the cells while the rates stay, one of the rates with the clock."""
         rates, clock = torch.zeros_like(self.x), torch.zeros_like(self.clock)
@@ -295,11 +316,16 @@ class Search:
 
     def _at(self, x: Tensor, clock: Tensor) -> tuple[Information, Tensor]:
         """The information at a point, and the gradient of each cell's clock (N,)."""
-        log_prior, gradient, precision = self.genes.prior(x.to(self.z))
+        log_prior, gradient = self.genes.prior(x.to(self.z))
         n_genes, k = x.shape
         warps = torch.zeros(self.n_warps, self.n_warps).to(x)
         total = Information(
-            precision, torch.zeros(n_genes, k, self.n_warps).to(x), warps, gradient, warps[0].clone(), float(log_prior)
+            self.genes.precision,
+            torch.zeros(n_genes, k, self.n_warps).to(x),
+            warps,
+            gradient,
+            warps[0].clone(),
+            log_prior,
         )
         slopes = []
         for batch in self._batches():
@@ -354,7 +380,9 @@ class Search:
         shift = bends(self.clock, self.n_warps) @ w
         alone = root @ (root.mT @ found.gradient[..., None])
         share = min(0.7, LARGEST_STEP / max(float(shift.abs().max()), 1e-12))
-        self.x = self.x + share * (alone[..., 0] - response @ w)
+        # Where a gene tells next to nothing, a Newton step could go anywhere.
+        bound = LARGEST_STEPS * torch.linalg.vector_norm(root, dim=-1)
+        self.x = self.x + share * (alone[..., 0].clamp(-bound, bound) - response @ w)
         self.clock = self.clock + share * shift
 
 

@@ -109,8 +109,8 @@ class Shared(Times):
 
     Genes come on at an `onset` of their own, before 0 where they were on already, and go off `switch_time` later. It
     identifies direction and time where all cells follow one process, and is wrong where lineages do not run in
-    parallel. `elsewhere`: by what the probability of the empty state is multiplied, in which a gene is that stays silent
-    in a cell's lineage.
+    parallel. `elsewhere`: by what the probability of the empty state is multiplied, in which a gene is that stays
+    silent in a cell's lineage.
     """
 
     onset: float = 0.2
