@@ -78,8 +78,10 @@ def measure(
         found = tally(true[name], taken[name], rng)
         if found.n:
             tallies[name] = found
-        if np.isfinite(true[name][chosen[1]]):
-            rank[name] = int(ranks(true[name][chosen[1]], taken[name][:, chosen[1]], rng))
+            known = np.flatnonzero(np.isfinite(true[name]))
+            # Where lineages differ, the gene that was chosen may have no switching time that is the truth.
+            gene = chosen[1] if chosen[1] in known else rng.choice(known)
+            rank[name] = int(ranks(true[name][gene], taken[name][:, gene], rng))
     order = [name for name in UNITS if name in tallies]
     return Record({name: tallies[name] for name in order}, {name: rank[name] for name in order if name in rank})
 

@@ -360,6 +360,20 @@ def test_counting_by_batches_is_counting_all_at_once(simulated, monkeypatch: pyt
     assert whole.tallies["beta"].to_plain() == parts.tallies["beta"].to_plain()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_rank_is_that_of_a_gene_whose_truth_is_known(simulated, seed: int) -> None:
+    """Where lineages differ, a gene has no switching time that is true of all cells."""
+    _, found = simulated
+    rng = np.random.default_rng(0)
+    values = {name: rng.lognormal(size=6) for name in RATES}
+    values["switch_time"] = np.where(np.arange(6) == 2, values["switch_time"], np.nan)
+    truth = Truth(values, rng.normal(size=(60, 6)), 20 * rng.random((60, 6)))
+    record = measure(found.fitted, found.data.cells, truth, draws=9, seed=seed, progress=False)
+    assert record.tallies["switch_time"].n == 1
+    assert record.ranks["switch_time"] == record.tallies["switch_time"].ranks.argmax()
+    assert "switch_time" in str(Calibration((record,), 9))
+
+
 def test_times_are_those_of_the_posterior(simulated) -> None:
     _, found = simulated
     means = []
