@@ -18,7 +18,6 @@ import pyro
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -171,8 +170,7 @@ def draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tenso
             name: site["value"]
             for name, site in trace.nodes.items()
             if site["type"] == "sample"
-            and not site_is_subsample(site)
-            and all(frame.name != "cells" for frame in site["cond_indep_stack"])
+            and (name == WARP or {frame.name for frame in site["cond_indep_stack"]} == {"genes"})
         }
         taken.append(shared)
     return taken
