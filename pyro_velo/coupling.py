@@ -23,10 +23,10 @@ Archambeau 2009 (a Normal's ELBO has the gradient that is expected under it).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -36,9 +36,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Batch, Cells
-from pyro_velo.guides import WARP, AmortizedProgram
+from pyro_velo.coupled_rates import CoupledRates, Covariance, Genes, bends
+from pyro_velo.guides import AmortizedProgram
 from pyro_velo.posterior import posterior_of_states
-from pyro_velo.rates import AutoPerGene, Marginal
+from pyro_velo.rates import AutoPerGene
 from pyro_velo.times import ClockProgram
 from pyro_velo.train import Fitted, split
 
@@ -53,8 +54,6 @@ PAIRS = 4
 CELLS_GENES_AT_ONCE = 128 * 1024
 LARGEST_STEP, LARGEST_STEPS = 0.3, 3.0
 """Of the clock in a round, in sds of its prior; and of rates, in their own."""
-PRIOR_DRAWS, FLATTEST = 500, 10.0
-"""Draws that a prior's sd on the unconstrained scale is read off, and the largest that counts."""
 
 
 def applies(fitted: Fitted) -> bool:
@@ -85,46 +84,6 @@ def couple(fitted: Fitted, cells: Cells, *, seed: int = 0, progress: bool | None
         return replace(fitted, guide=search.guide_found())
 
 
-def bends(z: Tensor, n: int) -> Tensor:
-    r"""Bumps along $\Phi(z)$, (B,) to (B, n), which add up to one: a weighted sum of them is smooth in z."""
-    place = torch.special.ndtr(z)[:, None]
-    centres = torch.linspace(0, 1, n, dtype=z.dtype, device=z.device)
-    bumps = torch.exp(-(((place - centres) * (n - 1)) ** 2) / 2)
-    return bumps / bumps.sum(1, keepdim=True)
-
-
-class Covariance(NamedTuple):
-    """`root` (G, K, K) is L, `response` (G, K, M) R, `warp_root` (M, M) a root of $S^{-1}$."""
-
-    root: Tensor
-    response: Tensor
-    warp_root: Tensor
-
-    @classmethod
-    def of(cls, information: Information) -> Covariance:
-        """That of the normal with this information."""
-        root = _root_of_inverse(information.rates)
-        half = root.mT @ information.cross
-        warps = information.warps - torch.einsum("gkm,gkl->ml", half, half)
-        return cls(root, root @ half, _root_of_inverse((warps + warps.mT) / 2))
-
-    def log_size(self) -> float:
-        """Half the log-determinant, summed over genes and warps."""
-        roots = (self.root.diagonal(dim1=-2, dim2=-1), self.warp_root.diagonal())
-        return float(sum(each.log().sum() for each in roots))
-
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Deviations of the rates from their means, (G, K), and w (M,)."""
-        w = self.warp_root @ torch.randn(len(self.warp_root)).to(self.root)
-        noise = torch.randn(self.root.shape[:2]).to(self.root)
-        return torch.einsum("gij,gj->gi", self.root, noise) - self.response @ w, w
-
-
-def _root_of_inverse(matrix: Tensor) -> Tensor:
-    """The Cholesky root of the inverse of positive definite matrices (..., K, K)."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)))
-
-
 @dataclass
 class Information:
     """Sums over cells, float64: `rates` (G, K, K) A, `cross` (G, K, M) C, `warps` (M, M), and the gradients.
@@ -139,91 +98,15 @@ class Information:
     gradient_warps: Tensor
     log_joint: float
 
+    def covariance(self) -> Covariance:
+        """That of the Normal with this information."""
+        return Covariance.of(self.rates, self.cross, self.warps)
+
     def __add__(self, other: Information) -> Information:
         return Information(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     def __mul__(self, factor: float) -> Information:
         return Information(*(getattr(self, name) * factor for name in self.__dataclass_fields__))
-
-
-class Genes:
-    """The gene-level sites of a program: those of one number a gene are coupled, others stay as the guide has them."""
-
-    def __init__(self, program: Any, marginals: Mapping[str, Marginal]) -> None:
-        self.coupled = {name: each for name, each in marginals.items() if each.loc.ndim == 1}
-        self.others = {name: each for name, each in marginals.items() if each.loc.ndim > 1}
-        with pyro.plate("genes", program.n_genes, dim=-1):
-            trace = poutine.trace(program.sample_genes).get_trace()
-        self.priors = {name: trace.nodes[name]["fn"] for name in self.coupled}
-        self.precision = torch.diag_embed(torch.stack([self._precision(name) for name in self.coupled], -1)).double()
-
-    def start(self) -> Tensor:
-        """(G, K) float64, where the guide has them."""
-        return torch.stack([each.loc for each in self.coupled.values()], -1).double()
-
-    def values(self, x: Tensor) -> dict[str, Tensor]:
-        """Each site's values at x (..., G, K), the others at their medians."""
-        found = {name: each.transform(x[..., k]) for k, (name, each) in enumerate(self.coupled.items())}
-        return found | {name: each.transform(each.loc) for name, each in self.others.items()}
-
-    def prior(self, x: Tensor) -> tuple[float, Tensor]:
-        """The log-density at x (G, K), and its gradient."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            log_density = self._log_density(x)
-            (gradient,) = torch.autograd.grad(log_density, x)
-        return float(log_density.detach()), gradient.double()
-
-    def _precision(self, name: str) -> Tensor:
-        """That of a Normal with the prior's variance, (G,): curvature alone has no bound where a prior is flat."""
-        prior, each = self.priors[name], self.coupled[name]
-        try:
-            drawn = each.transform.inv(prior.expand(each.loc.shape).sample(torch.Size([PRIOR_DRAWS])))
-        except NotImplementedError:
-            return torch.full_like(each.loc, FLATTEST**-2)
-        return 1 / drawn.var(0).clamp_max(FLATTEST**2)
-
-    def _log_density(self, x: Tensor) -> Tensor:
-        values, total = self.values(x), x.new_zeros(())
-        for k, (name, each) in enumerate(self.coupled.items()):
-            total = total + self.priors[name].log_prob(values[name]).sum()
-            total = total + each.transform.log_abs_det_jacobian(x[..., k], values[name]).sum()
-        return total
-
-
-class CoupledRates:
-    """Draws the gene-level sites, and w with them; called with a batch, as an autoguide is."""
-
-    def __init__(self, genes: Genes, loc: Tensor, covariance: Covariance, dtype: torch.dtype) -> None:
-        self.genes = genes
-        self.loc = loc.to(dtype)
-        self.covariance = Covariance(*(each.to(dtype) for each in covariance))
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Each site's draw, by name."""
-        root, response, warp_root = self.covariance
-        # No site of the model: it only says how the others hang together, and has no density of its own.
-        unit = dist.Normal(self.loc.new_zeros(len(warp_root)), 1.0).to_event(1).mask(False)
-        drawn = {WARP: pyro.sample(WARP, unit, infer={"is_auxiliary": True})}
-        loc = self.loc - response @ (warp_root @ drawn[WARP])
-        with pyro.plate("genes", len(loc), dim=-1):
-            x = pyro.sample(
-                "genes_unconstrained", dist.MultivariateNormal(loc, scale_tril=root), infer={"is_auxiliary": True}
-            )
-            for k, (name, each) in enumerate(self.genes.coupled.items()):
-                value = each.transform(x[..., k])
-                log_density = -each.transform.log_abs_det_jacobian(x[..., k], value)
-                drawn[name] = pyro.sample(name, dist.Delta(value, log_density))
-            for name, each in self.genes.others.items():
-                normal = dist.TransformedDistribution(dist.Normal(each.loc, each.sd), [each.transform])
-                drawn[name] = pyro.sample(name, normal.to_event(1))
-        return drawn
-
-    def moved(self, latent: dist.Distribution, drawn: Mapping[str, Tensor]) -> dist.Distribution:
-        """q(z) of a batch's cells, moved with the bends that were drawn."""
-        loc, scale, root = latent.base_dist.loc, latent.base_dist.scale, self.covariance.warp_root
-        shift = bends(loc[:, 0, 0], len(root)) @ (root @ drawn[WARP])
-        return dist.Normal(torch.cat((loc[..., :1] + shift[:, None, None], loc[..., 1:]), -1), scale).to_event(1)
 
 
 class Search:
@@ -271,16 +154,16 @@ class Search:
         """One step of the cells while the rates stay, one of the rates with the clock."""
         rates, clock = torch.zeros_like(self.x), torch.zeros_like(self.clock)
         self._move_cells(*self._either_side(rates, clock)[1:])
-        self.covariance = Covariance.of(self._around()[0]) if self.covariance is None else self.covariance
+        self.covariance = self._around()[0].covariance() if self.covariance is None else self.covariance
         information = self._around()[0]
-        self.covariance = Covariance.of(information)
+        self.covariance = information.covariance()
         self._move_together(information, self.covariance)
 
     def bound(self) -> float:
         """The ELBO of the training cells but for a constant, at the means as they are and the covariance there."""
         torch.manual_seed(0)
         before, self.covariance = self.covariance, None
-        self.covariance = Covariance.of(self._around()[0])
+        self.covariance = self._around()[0].covariance()
         expected = sum(self._around()[0].log_joint for _ in range(PAIRS)) / PAIRS
         entropy = self.covariance.log_size() + float((self.trained * self.clock_sd.log()).sum())
         self.covariance = before

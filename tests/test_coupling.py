@@ -11,7 +11,8 @@ from small import MODEL, settings, small_adata, small_cells
 from torch import Tensor
 
 import pyro_velo as pv
-from pyro_velo.coupling import CoupledRates, Covariance, Genes, Information, Search, applies, bends, couple, scores
+from pyro_velo.coupled_rates import CoupledRates, Genes, bends
+from pyro_velo.coupling import Information, Search, applies, couple, scores
 from pyro_velo.evidence import evidence
 from pyro_velo.fitting import Fit
 from pyro_velo.guides import WARP, Amortized
@@ -62,7 +63,7 @@ def arrow(seed: int = 0) -> tuple[Information, Tensor]:
 
 def test_the_covariance_is_the_inverse_of_the_whole_matrix() -> None:
     information, whole = arrow()
-    root, response, warp_root = Covariance.of(information)
+    root, response, warp_root = information.covariance()
     inverse = torch.linalg.inv(whole)
     warps = warp_root @ warp_root.mT
     torch.testing.assert_close(warps, inverse[G * K :, G * K :])
@@ -75,7 +76,7 @@ def test_the_covariance_is_the_inverse_of_the_whole_matrix() -> None:
 
 
 def test_draws_have_that_covariance() -> None:
-    covariance = Covariance.of(arrow()[0])
+    covariance = arrow()[0].covariance()
     torch.manual_seed(0)
     drawn = [covariance.draw() for _ in range(20_000)]
     x, w = (torch.stack(each) for each in zip(*drawn, strict=True))

@@ -36,7 +36,8 @@ LAYERS: dict[int, set[str]] = {
     },
     2: {"models", "rates", "guides", "encoders"},
     3: {
-        *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "coupling", "evidence", "nuts"),
+        *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
+        *("coupling", "coupled_rates"),
         *("history", "doctor", "doctor.terms"),
         *("simulate", "preprocess", "embedding", "metrics", "data"),
         *("transitions", "macrostates", "fates", "directions", "directional", "contributions"),
@@ -75,6 +76,7 @@ SIDEWAYS = {
     ("checkpoint", "schedule"),
     ("checkpoint", "train"),
     ("posterior", "train"),
+    ("coupling", "coupled_rates"),
     ("coupling", "posterior"),
     ("coupling", "train"),
     ("refinement", "schedule"),
