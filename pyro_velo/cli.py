@@ -51,6 +51,8 @@ Data = Annotated[
     Path, typer.Argument(metavar="IN", exists=True, help="Spliced and unspliced counts: a file or folder.")
 ]
 Result = Annotated[Path, typer.Argument(metavar="OUT.h5ad", exists=True, help="What `pyro-velo fit` wrote.")]
+Kept = Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, help="What `fit --save` kept.")]
+Fitted = Annotated[Path, typer.Argument(metavar="IN", exists=True, help="The AnnData that this fit wrote.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random number.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the way.")]
 Draws = Annotated[int, typer.Option(min=2, help="Posterior draws.")]
@@ -302,8 +304,8 @@ def calibrate(
 
 @app.command()
 def audit(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, help="What `fit --save` kept.")],
-    data: Annotated[Path, typer.Argument(metavar="IN", exists=True, help="The AnnData that this fit wrote.")],
+    folder: Kept,
+    data: Fitted,
     clusters: Clusters,
     edges: Annotated[
         str | None, typer.Option(metavar='"A>B,C>D"', help="Default: clusters that border on each other.")
@@ -341,8 +343,8 @@ def audit(
 
 @app.command()
 def diagnose(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, help="What `fit --save` kept.")],
-    data: Annotated[Path, typer.Argument(metavar="IN", exists=True, help="The AnnData that this fit wrote.")],
+    folder: Kept,
+    data: Fitted,
     json_file: Json = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures as well.")] = None,
     likelihood: Likelihood = FitOptions.likelihood,
