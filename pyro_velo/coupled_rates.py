@@ -131,8 +131,9 @@ class CoupledRates:
                 log_density = -each.transform.log_abs_det_jacobian(x[..., k], value)
                 drawn[name] = pyro.sample(name, dist.Delta(value, log_density))
             for name, each in self.genes.others.items():
+                # A transform may take a row of numbers for one event, or each number for itself.
                 normal = dist.TransformedDistribution(dist.Normal(each.loc, each.sd), [each.transform])
-                drawn[name] = pyro.sample(name, normal.to_event(1))
+                drawn[name] = pyro.sample(name, normal.to_event(1 - len(normal.event_shape)))
         return drawn
 
     def moved(self, latent: dist.Distribution, drawn: Mapping[str, Tensor]) -> dist.Distribution:

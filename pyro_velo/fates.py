@@ -16,6 +16,7 @@ from scipy.sparse.linalg import splu
 
 from pyro_velo.errors import InputError
 from pyro_velo.metrics import Graph
+from pyro_velo.population_balance import balanced, bootstrap
 from pyro_velo.transitions import LEVELS, Array, Numbers, Transitions
 
 LOST = 1e-10
@@ -36,8 +37,8 @@ class Fates:
     in any draw has NaN there too. `matrix` is the mean transition matrix.
 
     Noise that a draw has of its own in every gene and cell averages out over genes and along a walk, so it hardly
-    widens the interval; what cells share in a draw, the rates of the genes, does. Errors that all draws share are not
-    in it: those of the model, the neighbours and sigma.
+    widens the interval; what cells share in a draw, the rates of the genes, does, and which cells were sampled. Errors
+    that all draws share are not in it: those of the model and of the choice of neighbours and sigma.
     """
 
     terminal: dict[str, Numbers]
@@ -68,20 +69,36 @@ class Shares(NamedTuple):
     high: Array
 
 
-def absorb(transitions: Transitions, terminal: Mapping[str, ArrayLike]) -> Fates:
+def absorb(
+    transitions: Transitions,
+    terminal: Mapping[str, ArrayLike],
+    *,
+    balance: bool = True,
+    resample: bool = True,
+    seed: int = 0,
+) -> Fates:
     """The fate of every cell in every draw; `terminal` has a mask (cells,) or the numbers of each state's cells.
+
+    `balance`: as many walks enter a cell as pass through it, by which the cells along each way tell how many take it;
+    see `population_balance`. Without, a walk takes at a fork whichever way the velocity before it happens to be nearer
+    to. `resample`: each draw counts cells anew (Bayesian bootstrap), since other cells might have been sampled.
 
     One sparse factorisation a draw serves all states. Memory: 4 bytes a draw, cell and state.
 
     Raises `InputError` as `absorption`.
     """
-    states = _numbers(terminal, transitions.graph.shape[0])
-    draws = np.empty((len(transitions), transitions.graph.shape[0], len(states)), np.float32)
-    reached = np.zeros(transitions.graph.shape[0])
+    n_cells = transitions.graph.shape[0]
+    states, rng = _numbers(terminal, n_cells), np.random.default_rng(seed)
+    ends = np.isin(np.arange(n_cells), np.concatenate(list(states.values())))
+    draws = np.empty((len(transitions), n_cells, len(states)), np.float32)
+    reached, total = np.zeros(n_cells), sparse.csr_matrix((n_cells, n_cells))
     for i in range(len(transitions)):
-        draws[i], arrived = absorption(transitions.matrix(i), states)
+        weights = bootstrap(n_cells, rng) if resample else np.ones(n_cells)
+        matrix = balanced(transitions, i, ends, weights) if balance else transitions.matrix(i, weights)
+        draws[i], arrived = absorption(matrix, states)
         reached += arrived / len(transitions)
-    return Fates(states, draws, *_summaries(draws), reached, transitions.mean())
+        total = total + matrix
+    return Fates(states, draws, *_summaries(draws), reached, _of_rows_one(total))
 
 
 def absorption(matrix: Graph, terminal: Mapping[str, ArrayLike]) -> tuple[Array, Array]:
@@ -130,8 +147,7 @@ def shares(fates: Fates, groups: ArrayLike | Mapping[str, ArrayLike], *, cells: 
     probability, in which the errors of single cells average out. It is not the interval of a share that is counted,
     such as that of barcoded clones or of a simulation's labels: each of n cells takes one fate, so a count scatters
     about n m with the variance $\sum_i P_{dik} (1 - P_{dik})$ (Poisson binomial; binomial where all cells are alike).
-    `cells=True` draws the cells' fates as well, and the interval is that of the count over n. Neither covers what a
-    velocity does not know: at a fork the chain follows directions and neighbours, not how many cells take each way.
+    `cells=True` draws the cells' fates as well, and the interval is that of the count over n.
 
     Shapes: groups are labels (cells,) or a mask or numbers for each name. Cells without a way are left out. The mean is
     the same for both. Raises `InputError` for labels of other cells and for groups that are empty.
@@ -172,6 +188,13 @@ def _numbers(
             f"Expected each cell in one {what} at most; got cell {int(taken.argmax())} in {taken.max()}. Take it out."
         )
     return found
+
+
+def _of_rows_one(matrix: Graph) -> sparse.csr_matrix:
+    """The matrix, each row over its sum."""
+    chain = sparse.csr_matrix(matrix)
+    chain.data /= np.repeat(np.asarray(chain.sum(axis=1)).ravel(), np.diff(chain.indptr))
+    return chain
 
 
 def _summaries(draws: NDArray[np.float32]) -> tuple[Array, Array, Array]:

@@ -46,14 +46,16 @@ def transitions(
 ) -> Transitions:
     """A transition matrix for each draw of a fit, on the neighbour graph `obsp['distances']`.
 
-    See `transitions.transitions`. Genes are in units of their range, as in `flow.units_of_range`. `steps=2` takes the
-    neighbours' neighbours, at some ten times the memory. `adata` stays as it is.
+    See `transitions.transitions`. A walk may go to a cell's neighbours, and to those whose neighbour it is. Genes are
+    in units of their range, as in `flow.units_of_range`. `steps=2` takes the neighbours' neighbours, at some ten times
+    the memory. `adata` stays as it is.
 
     Raises `InputError` for another AnnData than was fitted, one without a neighbour graph, and fewer than two draws.
     """
     check_draws(draws)
     stream, expression, unit = _streamed(fit, draws, over_states, progress)
-    return walks.transitions(stream, expression, _graph(adata, fit), unit=unit, scale=scale, steps=steps)
+    graph = _graph(adata, fit)
+    return walks.transitions(stream, expression, graph + graph.T, unit=unit, scale=scale, steps=steps)
 
 
 def fates(
@@ -63,6 +65,9 @@ def fates(
     *,
     clusters: str = COLOR,
     draws: int = 100,
+    balance: bool = True,
+    resample: bool = True,
+    seed: int = 0,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Fates:
@@ -71,7 +76,10 @@ def fates(
     `terminal`: a mask or numbers of cells for each name; or names of groups in `obs[clusters]`, all of whose cells
     count; or None, the stable macrostates of the mean chain, of which an integer gives the number
     (`macrostates.terminal_states`). Those that are found are named after the group that most of their cells are of,
-    where `obs[clusters]` is there. `source` is a fit, or `transitions` of other neighbours, scale or states.
+    where `obs[clusters]` is there. `source` is a fit, or `transitions` of other neighbours, scale or states. `balance`
+    and `resample` are explained at `fates.absorb`: how many cells take each way is read off the cells along it, which
+    takes them as sampled in proportion to their number, without growth or death that differs between the ways; turn
+    `balance` off where they were sorted.
 
     Writes obsm `fate_probabilities` (cells, states), with `_q05` and `_q95`; obs `fate_reached` and `fate_terminal`;
     and the names of the states in uns. See `fates.Fates` for what the numbers mean. CellRank goes on from
@@ -87,8 +95,8 @@ def fates(
         raise InputError(f"Expected transitions of {adata.n_obs} cells; got {chain.graph.shape[0]}. Make them anew.")
     if named is None:
         named = _found(adata, chain, terminal if isinstance(terminal, int) else None, clusters)
-    found = chains.absorb(chain, named)
-    _write(adata, found, chain)
+    found = chains.absorb(chain, named, balance=balance, resample=resample, seed=seed)
+    _write(adata, found, chain, {"balance": balance, "resample": resample, "seed": seed})
     return found
 
 
@@ -212,7 +220,7 @@ def _found(adata: AnnData, chain: Transitions, n: int | None, clusters: str) -> 
     return named
 
 
-def _write(adata: AnnData, found: Fates, chain: Transitions) -> None:
+def _write(adata: AnnData, found: Fates, chain: Transitions, settings: Mapping[str, bool | int]) -> None:
     for key, values in zip(keys.FATES_OBSM, (found.mean, found.low, found.high), strict=True):
         adata.obsm[key] = values.astype(np.float32)
     codes = np.full(adata.n_obs, -1)
@@ -221,4 +229,5 @@ def _write(adata: AnnData, found: Fates, chain: Transitions) -> None:
     adata.obs[keys.FATE_REACHED] = found.reached.astype(np.float32)
     adata.obs[keys.FATE_TERMINAL] = pd.Categorical.from_codes(codes, list(found.states))
     about = {"states": np.array(found.states, dtype=object), "draws": len(chain), "scale": chain.scale}
+    about |= settings
     adata.uns[keys.UNS] = {**adata.uns.get(keys.UNS, {}), keys.UNS_FATES: about}

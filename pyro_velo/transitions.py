@@ -1,7 +1,7 @@
 r"""A Markov chain on the neighbour graph for each posterior draw, along the way that its velocities point.
 
 Arrays in, arrays out; laws in float64. A `Stream` hands over the draws batch by batch, so that draws x cells x genes is
-never held: what is kept of a draw is one cosine a pair of neighbours, 4 bytes each.
+never held: what is kept of a draw is one cosine a pair of neighbours and one speed a cell, 4 bytes each.
 
 References: Bergen et al. 2020 (cosine correlations); Lange et al. 2022 (CellRank: softmax transitions).
 """
@@ -37,19 +37,26 @@ class Transitions:
     `graph` (cells, cells) csr is the pattern, without the cell itself unless it has no neighbours; `cosines`
     (draws, pairs) are pi, and `scale` is sigma (Lange et al. 2022). scVelo's weights (`embedding.transition_matrix`)
     jump at pi = 0: a step that is barely forward counts less there than one that is barely backward, which a chain of
-    many steps would add up.
+    many steps would add up. `speeds` (draws, cells) are the lengths of the velocities and `lengths` (pairs,) those of
+    the steps, in the units in which directions are compared.
     """
 
     graph: sparse.csr_matrix
     cosines: NDArray[np.float32]
+    speeds: NDArray[np.float32]
+    lengths: NDArray[np.float32]
     scale: float = SCALE
 
     def __len__(self) -> int:
         return len(self.cosines)
 
-    def matrix(self, draw: int) -> sparse.csr_matrix:
-        """The probabilities of one draw, (cells, cells) csr in float64; rows sum to one."""
-        return self._of(_softmax(self.scale * self.cosines[draw], self.graph.indptr))
+    def matrix(self, draw: int, weights: ArrayLike = 1.0) -> sparse.csr_matrix:
+        """The probabilities of one draw, (cells, cells) csr in float64; rows sum to one.
+
+        A cell to which a walk may go counts `weights` (cells,) times, all above zero.
+        """
+        counted = np.log(np.broadcast_to(np.asarray(weights, np.float64), self.graph.shape[:1]))
+        return self._of(_softmax(self.scale * self.cosines[draw] + counted[self.graph.indices], self.graph.indptr))
 
     def mean(self) -> sparse.csr_matrix:
         """The mean over draws: the probability of the next step once the draws are averaged out.
@@ -79,25 +86,30 @@ def transitions(
     Shapes: expression (cells, genes) in the units of the stream's velocities; `unit` (genes,) turns both into those in
     which directions are compared; neighbours (cells, cells) sparse, whose pattern counts.
 
-    Memory: 4 bytes a draw and pair. The default is the direct graph, `steps=1`: 100 draws of 30 neighbours take 12 KB a
-    cell, and the graph of neighbours' neighbours some ten times as much.
+    Memory: 4 bytes a draw and pair, and as much a draw and cell. The default is the direct graph, `steps=1`: 100 draws
+    of 30 neighbours take 12 KB a cell, and the graph of neighbours' neighbours some ten times as much.
 
     Raises `InputError` for shapes that disagree, numbers that are not finite, and a scale that is not positive.
     """
     around = Around.of(expression, neighbours, unit, scale, steps)
     kept: list[NDArray[np.float32]] = []
+    lengths = np.zeros(around.graph.nnz, np.float32)
 
     def receive(cells: Numbers, velocities: NDArray) -> None:
         around.check(velocities)
         if not kept:
-            kept.append(np.zeros((len(velocities), around.graph.nnz), np.float32))
+            kept.extend(np.zeros((len(velocities), n), np.float32) for n in (around.graph.nnz, around.graph.shape[0]))
+        cosines, speeds = kept
         for i, drawn in zip(cells, velocities.swapaxes(0, 1), strict=True):
-            kept[0][:, around.pairs(i)] = around.cosines(drawn, around.steps(i))
+            pairs, ways = around.pairs(i), around.steps(i)
+            cosines[:, pairs], lengths[pairs] = around.cosines(drawn, ways), _lengths(ways)
+            speeds[:, i] = _lengths(drawn * around.unit)
 
     stream(receive)
     if not kept:
         raise InputError("Expected a stream of velocities; got none. Draw from a fit, as Fit.velocities does.")
-    return Transitions(around.graph, kept[0], scale)
+    cosines, speeds = kept
+    return Transitions(around.graph, cosines, speeds, lengths, scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +162,14 @@ class Around:
         return (_unit_length(velocities * self.unit) @ _unit_length(steps).T).clip(-1, 1)
 
 
+def _lengths(vectors: Array) -> Array:
+    """Those of vectors (..., genes) less their mean over genes, (...)."""
+    return np.linalg.norm(vectors - vectors.mean(axis=-1, keepdims=True), axis=-1)
+
+
 def _unit_length(vectors: Array) -> Array:
     """Vectors (..., genes) less their mean over genes, at length one; those of no length stay."""
-    centred = vectors - vectors.mean(axis=-1, keepdims=True)
-    length = np.linalg.norm(centred, axis=-1, keepdims=True)
+    centred, length = vectors - vectors.mean(axis=-1, keepdims=True), _lengths(vectors)[..., None]
     return centred / np.where(length > 0, length, 1)
 
 

@@ -202,3 +202,19 @@ def test_a_saved_fit_is_coupled_as_it_was(tmp_path) -> None:
     fit = pv.fit(SHARED, GUIDE, adata, settings=settings(), data=data, save=tmp_path, progress=False)
     again = pv.load(tmp_path, SHARED, GUIDE, adata, as_is=True)
     np.testing.assert_array_equal(again.posterior(draws=4).velocity, fit.posterior(draws=4).velocity)
+
+
+@pytest.mark.parametrize("times", ["shared", "hierarchical"])
+def test_a_coupled_guide_draws_the_models_sites_in_their_shapes(times: str) -> None:
+    cells = small_cells()
+    fitted = train(replace(SHARED, times=TIMES[times]()), GUIDE, cells, settings=settings(max_epochs=1), progress=False)
+    with fitted.parameters():
+        search = Search(fitted, cells)
+        search.round()
+        batch = cells.batch(torch.arange(6))
+        drawn = poutine.trace(search.guide_found()).get_trace(batch)
+        asked = poutine.trace(fitted.program).get_trace(batch)
+    sites = [name for name in asked.stochastic_nodes if name in drawn.nodes]
+    assert {*TIMES[times].sites, "alpha", "z", "pi"} <= set(sites)
+    for name in sites:
+        assert drawn.nodes[name]["value"].shape == asked.nodes[name]["value"].shape

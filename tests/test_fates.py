@@ -178,10 +178,10 @@ def test_cells_end_where_the_field_leads() -> None:
 def test_draws_that_disagree_make_wide_intervals_and_equal_ones_none() -> None:
     x = band()
     middle = np.abs(x[:, 0]) < 2
-    split = fates.absorb(chain_of(*["to the left", "to the right"] * 5, x=x), ends_of(x))
+    split = fates.absorb(chain_of(*["to the left", "to the right"] * 5, x=x), ends_of(x), resample=False)
     assert_allclose(split.mean[middle], 0.5, atol=0.01)
     assert split.low[middle].max() < 0.01 and split.high[middle].min() > 0.99
-    same = fates.absorb(chain_of(*["apart"] * 4, x=x), ends_of(x))
+    same = fates.absorb(chain_of(*["apart"] * 4, x=x), ends_of(x), resample=False)
     assert_array_equal(same.low, same.high)
     share = fates.shares(same, {"middle": middle})
     assert_allclose(share.high - share.low, 0, atol=1e-12)

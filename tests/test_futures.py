@@ -49,6 +49,11 @@ def with_fates(fitted: Fitted, **options: object) -> tuple[AnnData, fates.Fates]
     return adata, futures.fates(adata, fitted[1], **options)
 
 
+def either_way(adata: AnnData) -> sparse.csr_matrix:
+    """A cell's neighbours, and those whose neighbour it is."""
+    return adata.obsp["distances"] + adata.obsp["distances"].T
+
+
 def two_sides() -> tuple[AnnData, Transitions]:
     """Cells on a line, in groups of ten, and a chain that drifts from the middle to both of its ends."""
     x = np.linspace(-1, 1, 80)[:, None]
@@ -56,7 +61,8 @@ def two_sides() -> tuple[AnnData, Transitions]:
     towards = np.sign((x.T - x) * np.sign(x))[graph.nonzero()]
     adata = AnnData(np.zeros((80, 1), np.float32), obs={"clusters": [f"part {i // 10}" for i in range(80)]})
     pattern = sparse.csr_matrix(graph, dtype=bool)
-    return adata, Transitions(pattern, np.tile(0.2 * towards, (3, 1)).astype(np.float32))
+    cosines = np.tile(0.2 * towards, (3, 1)).astype(np.float32)
+    return adata, Transitions(pattern, cosines, np.ones((3, 80), np.float32), np.ones(pattern.nnz, np.float32))
 
 
 def test_transitions_are_those_of_the_velocities_that_a_fit_draws(fitted: Fitted) -> None:
@@ -69,7 +75,7 @@ def test_transitions_are_those_of_the_velocities_that_a_fit_draws(fitted: Fitted
         chain = futures.transitions(adata, fit, draws=DRAWS, steps=steps, progress=False)
         for i, values in enumerate(drawn):
             expected = embedding.cosine_correlations(
-                values / span, expression[:, fit.data.genes], adata.obsp["distances"], steps=steps
+                values / span, expression[:, fit.data.genes], either_way(adata), steps=steps
             )
             assert_array_equal(chain.graph.indices, expected.indices)
             assert_allclose(chain.cosines[i], expected.data, atol=2e-5)
@@ -84,10 +90,12 @@ def test_fates_are_the_means_of_their_draws_and_stand_in_the_anndata(fitted: Fit
     for values, expected in zip(written, (found.mean, found.low, found.high), strict=True):
         assert_allclose(values, expected, atol=1e-6)
     chain = futures.transitions(adata, fitted[1], draws=DRAWS, progress=False)
+    _, free = with_fates(fitted, balance=False, resample=False)
     for i in (0, DRAWS - 1):
         expected, _ = fates.absorption(chain.matrix(i), found.terminal)
-        assert_allclose(found.draws[i], expected, atol=1e-6)
-    assert_allclose((found.matrix - chain.mean()).data, 0, atol=1e-12)
+        assert_allclose(free.draws[i], expected, atol=1e-6)
+    assert_allclose((free.matrix - chain.mean()).data, 0, atol=1e-12)
+    assert_allclose(np.asarray(found.matrix.sum(axis=1)).ravel(), 1, rtol=1e-12)
     ends = adata.obs[keys.FATE_TERMINAL]
     for k, name in enumerate(found.states):
         assert_array_equal(ends == name, adata.obs["clusters"] == name)
@@ -131,7 +139,7 @@ def test_intrinsic_uncertainty_is_what_the_fit_has_written(fitted: Fitted) -> No
 
 def test_terminal_states_that_are_found_are_named_after_their_cells() -> None:
     adata, chain = two_sides()
-    found = futures.fates(adata, chain, 2)
+    found = futures.fates(adata, chain, 2, resample=False)
     assert sorted(found.states) == ["part 0", "part 7"]
     left = found.states.index("part 0")
     assert_allclose(found.mean[:25, left], 1, atol=1e-3)
