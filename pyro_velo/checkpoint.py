@@ -119,7 +119,8 @@ def _training(header: dict[str, Any], tensors: dict[str, Tensor]) -> Training:
     return Training(
         settings=TrainSettings(**{name: value for name, value in header["settings"].items() if name in known}),
         epoch=header["epoch"],
-        history=History(**header["history"]),
+        # Looks were compared by the ELBO itself before they were by an objective.
+        history=History(**{"objective": header["history"]["held_out"], **header["history"]}),
         plateau=Plateau(**header["plateau"]),
         best=_part(tensors, "best"),
         parameters=_part(tensors, "parameters"),

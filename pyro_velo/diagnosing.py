@@ -3,58 +3,71 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pyro_velo import checkpoint
 from pyro_velo.api import kept_fit
+from pyro_velo.autoencoding import MODELS, ProfileFit
+from pyro_velo.batch import Data, Molecules
+from pyro_velo.clustering import elbo_for
 from pyro_velo.data import check_output, whole
 from pyro_velo.diagnosis import Diagnosis, Parts
 from pyro_velo.doctor.balance import balance
 from pyro_velo.doctor.collapse import Collapse, collapse, state_use
-from pyro_velo.doctor.course import course, moved
+from pyro_velo.doctor.course import course, encoder_moved
 from pyro_velo.doctor.findings import PRIOR, THRESHOLDS, Measured, NotFinite, verdict
-from pyro_velo.doctor.genes import Genes, genes
+from pyro_velo.doctor.genes import Genes, genes, numbers
+from pyro_velo.doctor.noise import noise_ratio
 from pyro_velo.doctor.tightness import Tightness, tightness
 from pyro_velo.errors import InputError
 from pyro_velo.fitting import Fit
 from pyro_velo.forensics import NonFiniteError
 from pyro_velo.options import FitOptions
-from pyro_velo.train import split
+from pyro_velo.train import Fitted, split
+
+AUTOENCODERS = tuple(MODELS.values())
 
 
-def diagnose(fit: Fit | NonFiniteError, *, seed: int = 0) -> Diagnosis:
+def diagnose(fit: Fit | ProfileFit | NonFiniteError, *, seed: int = 0) -> Diagnosis:
     """Say what is wrong with a fit, with a remedy for each finding; none where nothing is that is looked for.
 
-    Of a fit that ended in NaN, pass the error. The figures and rules are those of `doctor`; nothing is written or
-    changed, and the random numbers are those of `seed`. Without held-out cells nothing is said of the bound. It looks
-    at a few hundred cells, whatever the data's size.
+    The fit is of velocities or an autoencoder's. Of a fit that ended in NaN, pass the error. The figures and rules are
+    those of `doctor`; nothing is written or changed, and the random numbers are those of `seed`. Without held-out cells
+    nothing is said of the bound. It looks at a few hundred cells, whatever the data's size.
 
     Raises `NonFiniteError`, naming site and gene, where the parameters give NaN on these cells.
     """
     if isinstance(fit, NonFiniteError):
         return _of_failure(NotFinite(fit.culprit.what, fit.step, fit.gene_or_number, None))
-    fitted, cells, names = fit.fitted, fit.data.cells, tuple(fit.data.gene_names)
+    cells = fit.data.profiles if isinstance(fit, ProfileFit) else fit.data.cells
+    return diagnosed(fit.fitted, cells, tuple(fit.data.gene_names), seed=seed)
+
+
+def diagnosed(fitted: Fitted, cells: Data, names: tuple[str, ...], *, seed: int = 0) -> Diagnosis:
+    """The same of a fit on `cells`, whose genes have these `names`."""
     settings = fitted.training.settings
     enough = len(split(len(cells), settings.held_out, settings.seed)[1]) > 1
     parts = Parts(
-        history=fit.history,
+        history=asdict(fitted.training.history),
         collapse=collapse(fitted, cells, seed=seed),
         states=state_use(fitted, cells, seed=seed),
         tightness=tightness(fitted, cells, seed=seed) if enough else None,
         genes=genes(fitted, cells, seed=seed),
         gene_names=names,
     )
-    told = measured(fit, parts, seed=seed)
+    told = measured(fitted, cells, parts, seed=seed)
     return Diagnosis(*verdict(told), told, parts)
 
 
-def measured(fit: Fit, parts: Parts, *, seed: int = 0) -> Measured:
+def measured(fitted: Fitted, cells: Data, parts: Parts, *, seed: int = 0) -> Measured:
     """The figures that the rules look at."""
-    fitted, cells = fit.fitted, fit.data.cells
-    went, moves, told = course(fitted.training, len(cells)), moved(fitted, cells), balance(fitted, cells, seed=seed)
+    went, told = course(fitted.training, len(cells)), balance(fitted, cells, seed=seed)
+    recipe = getattr(fitted.program, "recipe", None)
+    elbo = elbo_for(recipe) if isinstance(recipe, AUTOENCODERS) else None
     return Measured(
-        numbers=2 * cells.n_genes,
+        numbers=numbers(cells) * cells.n_genes,
         looks=went.looks,
         rise=went.rise,
         rise_error=went.rise_error,
@@ -63,10 +76,11 @@ def measured(fit: Fit, parts: Parts, *, seed: int = 0) -> Measured:
         train_rise=went.train_rise,
         kl_weight=went.kl_weight,
         ended=went.ended,
-        encoder_moved=moves.encoder,
-        noise_ratio=moves.noise_ratio,
+        encoder_moved=encoder_moved(fitted, cells),
+        noise_ratio=noise_ratio(fitted, cells, elbo, seed=seed),
         told_weight=told.weight,
         told_error=told.error,
+        kinetic=isinstance(cells, Molecules),
         dead_states=math.nan if parts.states is None else float(parts.states.dead.mean()),
         **_of_latent(parts.collapse),
         **_of_bound(parts.tightness),

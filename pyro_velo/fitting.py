@@ -131,7 +131,7 @@ class Fit:
             "seed": training.settings.seed,
             "settings": {**settings, "draws": draws, "over_states": over_states},
             "elbo_history": self.history,
-            "held_out_elbo": training.plateau.best,
+            "held_out_elbo": self.fitted.held_out_elbo,
             "interrupted": self.interrupted,
         }
 

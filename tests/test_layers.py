@@ -145,6 +145,7 @@ SIDEWAYS = {
     ("diagnosis", "plots"),
     ("diagnosis", "reporting"),
     ("diagnosing", "api"),
+    ("diagnosing", "autoencoding"),
     ("diagnosing", "diagnosis"),
     ("diagnosing", "fitting"),
     ("calibrating", "api"),

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Data, Minibatch
 from pyro_velo.doctor import draws as taken
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import computed_sites, conditions
@@ -65,7 +65,7 @@ class Collapse:
 
 
 @torch.no_grad()
-def collapse(fitted: Fitted, cells: Cells, *, seed: int = 0) -> Collapse:
+def collapse(fitted: Fitted, cells: Data, *, seed: int = 0) -> Collapse:
     """Measure the latent vector of a fit on `cells`; of many cells, on `MIXTURE_CELLS` of them at random.
 
     Cells change places among `SHUFFLED_CELLS`; what cells share, and the random numbers of the other sites, stay.
@@ -78,7 +78,7 @@ def collapse(fitted: Fitted, cells: Cells, *, seed: int = 0) -> Collapse:
     n_train = len(split(len(cells), settings.held_out, settings.seed)[0])
     index = taken.chosen_cells(len(cells), MIXTURE_CELLS, seed)
     with conditions(fitted, cells, seed):
-        first = cells.batch(index[:1].to(cells.molecules.device), n_train)
+        first = cells.batch(index[:1].to(cells.device), n_train)
         names, left_out = taken.latent_sites(taken.draw(fitted, first)), computed_sites(fitted, first)
         if not names:
             raise InputError("Expected a guide that draws a latent vector of each cell; got none. Pass another fit.")
@@ -129,7 +129,7 @@ def _information(z: Tensor, found: list[taken.Latent]) -> tuple[float, float]:
     return information, kl
 
 
-def _use(fitted: Fitted, batch: Batch, names: tuple[str, ...], left_out: tuple[str, ...]) -> Tensor:
+def _use(fitted: Fitted, batch: Minibatch, names: tuple[str, ...], left_out: tuple[str, ...]) -> Tensor:
     """What each cell's log-likelihood loses where a dimension, and last where all of z, is another cell's: (d+1, B)."""
     drawn = taken.draw(fitted, batch)
     z, shared = taken.values(drawn, names), taken.shared_values(drawn)
@@ -183,7 +183,7 @@ class StateUse:
 
 
 @torch.no_grad()
-def state_use(fitted: Fitted, cells: Cells, *, seed: int = 0) -> StateUse | None:
+def state_use(fitted: Fitted, cells: Data, *, seed: int = 0) -> StateUse | None:
     """The states' use, over `DRAWS` draws of up to `MIXTURE_CELLS` cells; None for a model without kinetic states."""
     if not isinstance(fitted.program, VelocityProgram):
         return None
