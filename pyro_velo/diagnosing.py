@@ -10,7 +10,7 @@ from typing import Any
 from pyro_velo import checkpoint
 from pyro_velo.api import kept_fit
 from pyro_velo.autoencoding import MODELS, ProfileFit
-from pyro_velo.batch import Data, Molecules
+from pyro_velo.batch import Data
 from pyro_velo.clustering import elbo_for
 from pyro_velo.data import check_output, whole
 from pyro_velo.diagnosis import Diagnosis, Parts
@@ -25,6 +25,7 @@ from pyro_velo.errors import InputError
 from pyro_velo.fitting import Fit
 from pyro_velo.forensics import NonFiniteError
 from pyro_velo.options import FitOptions
+from pyro_velo.profiles import Profiles
 from pyro_velo.train import Fitted, split
 
 AUTOENCODERS = tuple(MODELS.values())
@@ -80,7 +81,7 @@ def measured(fitted: Fitted, cells: Data, parts: Parts, *, seed: int = 0) -> Mea
         noise_ratio=noise_ratio(fitted, cells, elbo, seed=seed),
         told_weight=told.weight,
         told_error=told.error,
-        kinetic=isinstance(cells, Molecules),
+        kinetic=not isinstance(cells, Profiles),
         dead_states=math.nan if parts.states is None else float(parts.states.dead.mean()),
         **_of_latent(parts.collapse),
         **_of_bound(parts.tightness),
