@@ -24,8 +24,8 @@ class History:
     train: list[float] = field(default_factory=list)
     held_out: list[float] = field(default_factory=list)
     kl_weight: list[float] = field(default_factory=list)
-    objective: list[float] = field(default_factory=list)
     terms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    objective: list[float] = field(default_factory=list)
 
     @property
     def best(self) -> int | None:

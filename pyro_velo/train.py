@@ -82,7 +82,7 @@ class TrainSettings:
         self._require("held_out", "in [0, 1)", 0 <= self.held_out < 1)
         self._require("seed", "of 0 or more", self.seed >= 0)
         self._require("beta", "above 0 and finite", 0 < self.beta < math.inf)
-        self._require("free_bits", "of 0 or more, and finite,", 0 <= self.free_bits < math.inf)
+        self._require("free_bits", "of 0 or more and finite", 0 <= self.free_bits < math.inf)
         self._require("warmup", "above 0 with several cycles", self.warmup > 0 or self.cycles == 1)
 
     def _require(self, name: str, expected: str, holds: bool) -> None:

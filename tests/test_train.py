@@ -461,7 +461,7 @@ class OfOthers(pv.initial.Initialisation):
         ("beta", 0.0, "above 0 and finite"),
         ("beta", math.inf, "above 0 and finite"),
         ("cycles", 0, "of 1 or more"),
-        ("free_bits", -0.1, "of 0 or more, and finite,"),
+        ("free_bits", -0.1, "of 0 or more and finite"),
     ],
 )
 def test_settings_that_no_fit_can_be_run_with_are_refused(name, value, expected):

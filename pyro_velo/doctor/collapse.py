@@ -40,7 +40,8 @@ class Collapse:
     `activity` (d,): $\mathrm{Var}_n\,E[z_d \mid x_n]$. `kl` (d,): mean KL of q(z_d | x) to p(z_d). `information` is
     $I_q(x; z)$, at most log of the `cells` of the mixture, and `gap` $\mathrm{KL}(q(z)\,\|\,p(z))$; `mean_kl` is their
     sum. All three are by the same draws, and NaN where q(z | x) is no Normal. `use` (d,): log-likelihood lost where
-    z_d is another cell's. `use_all`: where all of z is. `names`: the sites that z is made of.
+    z_d is another cell's. `use_all`: where all of z is. `names`: the sites that z is made of. `apart`: whether each
+    dimension has a KL of its own; else, as where p(z) is a mixture, each has the same share of it.
     """
 
     activity: Array
@@ -52,6 +53,7 @@ class Collapse:
     use_all: float
     cells: int
     names: tuple[str, ...]
+    apart: bool = True
 
     @property
     def active(self) -> NDArray[np.bool_]:
@@ -79,7 +81,8 @@ def collapse(fitted: Fitted, cells: Data, *, seed: int = 0) -> Collapse:
     index = taken.chosen_cells(len(cells), MIXTURE_CELLS, seed)
     with conditions(fitted, cells, seed):
         first = cells.batch(index[:1].to(cells.device), n_train)
-        names, left_out = taken.latent_sites(taken.draw(fitted, first)), computed_sites(fitted, first)
+        drawn_first = taken.draw(fitted, first)
+        names, left_out = taken.latent_sites(drawn_first), computed_sites(fitted, first)
         if not names:
             raise InputError("Expected a guide that draws a latent vector of each cell; got none. Pass another fit.")
         looks, drawn = [], []
@@ -104,6 +107,7 @@ def collapse(fitted: Fitted, cells: Data, *, seed: int = 0) -> Collapse:
         use_all=float(lost[-1]),
         cells=len(index),
         names=names,
+        apart=all(taken.has_dimensions(drawn_first, name) for name in names),
     )
 
 

@@ -140,6 +140,11 @@ def _latent(drawn: Draw, name: str) -> Latent:
     return Latent(*(_rows(each, dim).double() for each in (loc, scale, log_q, log_p, kl)))
 
 
+def has_dimensions(drawn: Draw, name: str) -> bool:
+    """Whether the KL of a latent site is a sum over its dimensions: where both of its distributions are."""
+    return all(bare(trace.nodes[name]["fn"]).event_shape.numel() == 1 for trace in drawn)
+
+
 def bare(fn: Any) -> Any:
     """A distribution without its event dimensions, which are then dimensions of its batch."""
     while isinstance(fn, dist.Independent):
