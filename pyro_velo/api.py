@@ -108,7 +108,7 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
 
 def training_of(options: FitOptions) -> TrainSettings:
     """The settings of the training that the options name; raises `InputError` for those that no fit can be run with."""
-    given = {"max_epochs": options.max_epochs, "batch_size": options.batch_size, "beta": options.beta}
+    given: dict[str, Any] = {"max_epochs": options.max_epochs, "batch_size": options.batch_size, "beta": options.beta}
     given |= {"cycles": options.kl_cycles, "free_bits": options.free_bits}
     return replace(TrainSettings(), **{name: value for name, value in given.items() if value is not None})
 

@@ -390,12 +390,13 @@ def test_a_checkpoint_holds_them_and_one_without_still_loads(tmp_path: Path, mon
     loaded, _ = checkpoint.load(tmp_path)
     assert differing(loaded, kept[1]) == [] and loaded.history.terms["train"]["kl_z"]
     assert differing(small_fit(resume=loaded, settings=None).training, whole) == []
-    # As an older version wrote it: no terms, no schedules.
+    # As an older version wrote it: no terms, no schedules; looks were compared by the ELBO.
     monkeypatch.setattr(checkpoint, "json", Older)
     checkpoint.save(kept[1], tmp_path)
     monkeypatch.undo()
     old, _ = checkpoint.load(tmp_path)
     assert old.history.terms == {} and old.settings == kept[1].settings
+    assert old.history.objective == kept[1].history.held_out
     resumed = small_fit(resume=old, settings=None).training
     assert math.isnan(resumed.history.terms["train"]["kl_z"][1])
     assert resumed.history.terms["train"]["kl_z"][2:] == whole.history.terms["train"]["kl_z"][2:]
@@ -407,7 +408,7 @@ class Older:
 
     @staticmethod
     def dumps(header: dict[str, Any], **options: Any) -> str:
-        history = {name: column for name, column in header["history"].items() if name != "terms"}
+        history = {name: column for name, column in header["history"].items() if name not in {"terms", "objective"}}
         plan = {name: x for name, x in header["settings"].items() if name not in {"beta", "cycles", "free_bits"}}
         return json.dumps(header | {"history": history, "settings": plan}, **options)
 

@@ -37,7 +37,8 @@ def best_epoch(history: Mapping[str, Any]) -> tuple[float, float] | None:
     epoch, held_out = _series(history, "epoch"), _series(history, "held_out")
     if np.isnan(held_out).all():
         return None
-    best = int(np.nanargmax(_series(history, "objective") if "objective" in history else held_out))
+    compared = _series(history, "objective") if len(history.get("objective", ())) else held_out
+    best = int(np.nanargmax(compared))
     return float(epoch[best]), float(held_out[best])
 
 
