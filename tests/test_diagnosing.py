@@ -320,10 +320,7 @@ def test_what_a_fit_is_made_of_need_not_be_named_again(tmp_path: Path, capsys: p
     assert (plan.beta, plan.cycles, plan.free_bits) == (4.0, 2, 0.1)
     capsys.readouterr()
     assert main(["diagnose", str(folder)]) == 0
-    told = capsys.readouterr().out
-    assert "not-converged" in told
-    assert main(["diagnose", str(folder), str(tmp_path / "out.h5ad")]) == 0
-    assert capsys.readouterr().out == told
+    assert "not-converged" in capsys.readouterr().out
     (folder / PARTS_FILE).write_text('{"likelihood": "no"}')
     assert main(["diagnose", str(folder)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
