@@ -33,7 +33,7 @@ from pyro_velo.flow import units_of_range
 from pyro_velo.guides import Amortized
 from pyro_velo.likelihoods import LIKELIHOODS
 from pyro_velo.models.velocity import VelocityModel
-from pyro_velo.options import BASIS, COLOR, Depth, FitOptions
+from pyro_velo.options import BASIS, COLOR, GRID, PARTS, Depth, FitOptions
 from pyro_velo.posterior import check_draws
 from pyro_velo.priors import priors_from_text
 from pyro_velo.rates import RATE_GUIDES
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 DEMO_CELLS, DEMO_GENES = 600, 80
+PARTS_FILE = "parts.json"
 
 
 def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
@@ -55,6 +56,7 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
     Ctrl-C during the training ends it, and the best parameters so far are written: see `Fit.interrupted`.
     """
     check_draws(options.draws)
+    training_of(options)
     check_output(output, options.overwrite, source=path)
     if options.report is not None:
         check_output(options.report, options.overwrite, source=path, formats=(".html",))
@@ -74,6 +76,7 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
 def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
     """Prepare `adata` (unless as it is), fit what the options name, and write velocities, times and rates into it."""
     model, guide = recipes(options)
+    training = training_of(options)
     # Once before the preprocessing, which takes a while, so that what is wrong with a column is said at once.
     design(adata, options.batch_key, options.covariates)
     if not options.as_is:
@@ -93,14 +96,45 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
         covariates=options.covariates,
         device=device,
     )
-    given = {"max_epochs": options.max_epochs, "batch_size": options.batch_size}
-    training = replace(TrainSettings(), **{name: value for name, value in given.items() if value is not None})
+    if options.save is not None:
+        note_parts(options.save, options)
     fitted = fit(
         model, guide, adata, seed=options.seed, settings=training, data=data,
         save=options.save, resume=options.resume,
     )  # fmt: skip
     fitted.write(adata, draws=options.draws, overwrite=options.overwrite)
     return fitted
+
+
+def training_of(options: FitOptions) -> TrainSettings:
+    """The settings of the training that the options name; raises `InputError` for those that no fit can be run with."""
+    given: dict[str, Any] = {"max_epochs": options.max_epochs, "batch_size": options.batch_size, "beta": options.beta}
+    given |= {"cycles": options.kl_cycles, "free_bits": options.free_bits}
+    return replace(TrainSettings(), **{name: value for name, value in given.items() if value is not None})
+
+
+def note_parts(folder: Path, options: FitOptions) -> None:
+    """Write down in `folder` what a fit is made of, for `kept_parts`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {name: getattr(options, name) for name in PARTS}
+    (folder / PARTS_FILE).write_text(json_format.dumps(told, indent=1) + "\n")
+
+
+def kept_parts(folder: Path) -> dict[str, Any]:
+    """The options that name the parts of the fit in `folder`, as `fit --save` noted them; none where it did not.
+
+    Raises `InputError` for a file that holds anything else.
+    """
+    path = folder / PARTS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        told = json_format.loads(path.read_text())
+    except (json_format.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read ({error}). Remove it, and name the fit's parts.") from error
+    if not isinstance(told, dict) or set(told) != set(PARTS) or any(told[x] not in GRID[x] for x in GRID):
+        raise InputError(f"Expected {', '.join(PARTS)} in {path}; got {told!r}. Remove it, and name the fit's parts.")
+    return told | {name: tuple(told[name]) for name in ("covariates", "priors")}
 
 
 def kept_fit(folder: Path, path: Path, options: FitOptions) -> tuple[Fit, AnnData]:

@@ -149,7 +149,7 @@ class ProfileFit:
             "layer": self.data.layer,
             "settings": {name: "" if value is None else value for name, value in asdict(training.settings).items()},
             "elbo_history": self.history,
-            "held_out_elbo": training.plateau.best,
+            "held_out_elbo": self.fitted.held_out_elbo,
             "interrupted": self.interrupted,
         }
         if self.number is not None:

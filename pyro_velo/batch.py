@@ -26,6 +26,10 @@ class Minibatch(Protocol):
         """What a model explains, (..., B, G), genes last."""
 
     @property
+    def seen(self) -> Tensor:
+        """What an encoder looks at, (B, ...): what was measured, molecule by molecule, then the covariates."""
+
+    @property
     def site(self) -> str:
         """The name of the site at which it stands."""
 

@@ -49,9 +49,9 @@ def save(training: Training, folder: str | Path, *, about: dict[str, Any] | None
     partial = folder / f".{FILE}.{os.getpid()}.partial"
     try:
         save_file(tensors, partial, metadata={"pyro_velo": text})
-        _rename(partial, folder / FILE)
+        put_in_place(partial, folder / FILE)
         partial.write_text(json.dumps({k: v for k, v in header.items() if k != "optimizer"}, indent=1))
-        _rename(partial, folder / BESIDE)
+        put_in_place(partial, folder / BESIDE)
         (folder / FAILURE).unlink(missing_ok=True)
     finally:
         partial.unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def note_failure(error: NonFiniteError, folder: str | Path) -> None:
     told = {"what": error.culprit.what, "step": error.step, "gene": error.gene_or_number, "checkpoint_epoch": epoch}
     partial = folder / f".{FAILURE}.{os.getpid()}.partial"
     partial.write_text(json.dumps(told))
-    _rename(partial, folder / FAILURE)
+    put_in_place(partial, folder / FAILURE)
 
 
 def failure(folder: str | Path) -> dict[str, Any] | None:
@@ -119,7 +119,8 @@ def _training(header: dict[str, Any], tensors: dict[str, Tensor]) -> Training:
     return Training(
         settings=TrainSettings(**{name: value for name, value in header["settings"].items() if name in known}),
         epoch=header["epoch"],
-        history=History(**header["history"]),
+        # Looks were compared by the ELBO itself before they were by an objective.
+        history=History(**{"objective": header["history"]["held_out"], **header["history"]}),
         plateau=Plateau(**header["plateau"]),
         best=_part(tensors, "best"),
         parameters=_part(tensors, "parameters"),
@@ -159,7 +160,7 @@ def _optimizer(rest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
     return state
 
 
-def _rename(partial: Path, path: Path) -> None:
+def put_in_place(partial: Path, path: Path) -> None:
     """Put a finished file in its place: on the disk first, then renamed."""
     with open(partial, "rb") as file:
         os.fsync(file.fileno())

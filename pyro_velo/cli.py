@@ -71,6 +71,7 @@ PriorTexts = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here too.")]
 Clusters = Annotated[str, typer.Option(metavar="KEY", help="The obs column with the clusters.")]
+AS_KEPT = "Default: that of the fit."
 Basis = Annotated[str, typer.Option(help="The embedding, as in obsm['X_umap'].")]
 
 
@@ -153,6 +154,11 @@ def fit(
     batch_key: BatchKey = None,
     covariate: Covariates = None,
     prior: PriorTexts = None,
+    beta: Annotated[float | None, typer.Option(metavar="B", help="What the KL weight rises to. Default: 1.")] = None,
+    kl_cycles: Annotated[int | None, typer.Option(metavar="N", help="How often it rises. Default: once.")] = None,
+    free_bits: Annotated[
+        float | None, typer.Option(metavar="NATS", help="KL that a latent dimension has for free. Default: 0.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit velocities, times and rates with their uncertainty."""
@@ -182,6 +188,9 @@ def fit(
         batch_key=batch_key,
         covariates=tuple(covariate or ()),
         priors=tuple(prior or ()),
+        beta=beta,
+        kl_cycles=kl_cycles,
+        free_bits=free_bits,
     )
     say_if_interrupted(api.fit_file(data, output, options))
     typer.echo(f"Wrote {output}" if report is None else f"Wrote {output} and {report}")
@@ -344,14 +353,16 @@ def audit(
 @app.command()
 def diagnose(
     folder: Kept,
-    data: Fitted,
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[IN]", exists=True, help="The AnnData that this fit wrote, if need be.")
+    ] = None,
     json_file: Json = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures as well.")] = None,
-    likelihood: Likelihood = FitOptions.likelihood,
-    states: States = FitOptions.states,
-    rates: Rates = FitOptions.rates,
-    times: Times = FitOptions.times,
-    transcription: Transcription = FitOptions.transcription,
+    likelihood: Annotated[LikelihoodName | None, typer.Option(help=AS_KEPT)] = None,
+    states: Annotated[StatesName | None, typer.Option(help=AS_KEPT)] = None,
+    rates: Annotated[RatesName | None, typer.Option(help=AS_KEPT)] = None,
+    times: Annotated[TimesName | None, typer.Option(help=AS_KEPT)] = None,
+    transcription: Annotated[TranscriptionName | None, typer.Option(help=AS_KEPT)] = None,
     batch_key: BatchKey = None,
     covariate: Covariates = None,
     prior: PriorTexts = None,
@@ -359,22 +370,24 @@ def diagnose(
 ) -> None:
     """Say what is wrong with a fit, and what to do about it.
 
-    The parts are to be named as they were to fit.
+    `fit --save` has kept what it is made of, and the cells that are looked at. A fit that was saved otherwise needs its
+    parts named, one that was stopped or whose clock is shared by genes with per-gene rates the AnnData.
     """
-    options = FitOptions(
-        likelihood=likelihood,
-        states=states,
-        rates=rates,
-        times=times,
-        transcription=transcription,
-        batch_key=batch_key,
-        covariates=tuple(covariate or ()),
-        priors=tuple(prior or ()),
-        overwrite=overwrite,
-    )
+    parts = {
+        "likelihood": likelihood,
+        "states": states,
+        "rates": rates,
+        "times": times,
+        "transcription": transcription,
+        "batch_key": batch_key,
+        "covariates": tuple(covariate) if covariate else None,
+        "priors": tuple(prior) if prior else None,
+    }
+    given = {name: value for name, value in parts.items() if value is not None}
     from pyro_velo import diagnosing
 
-    typer.echo(diagnosing.diagnose_file(folder, data, options, json=json_file, html=html).table())
+    found = diagnosing.diagnose_file(folder, data, given, json=json_file, html=html, overwrite=overwrite)
+    typer.echo(found.table())
 
 
 @app.command()

@@ -142,7 +142,7 @@ def unconverged(training: Training) -> str:
     Nothing where a plateau ended the fit.
     """
     history = training.history
-    looks = [(epoch, x) for epoch, x in zip(history.epoch, history.held_out, strict=True) if not math.isnan(x)]
+    looks = [(epoch, x) for epoch, x in zip(history.epoch, history.objective, strict=True) if not math.isnan(x)]
     last = max(1, len(looks) // 10)
     if training.plateau.finished or not looks:
         return ""

@@ -17,7 +17,7 @@ from pyro_velo.doctor.findings import Finding, Measured
 from pyro_velo.doctor.genes import Genes
 from pyro_velo.doctor.tightness import Tightness
 from pyro_velo.plots import diagnosis as pictures
-from pyro_velo.reporting import Picture, picture, versions
+from pyro_velo.reporting import Picture, picture, picture_of, versions
 from pyro_velo.states import STATES
 from pyro_velo.version import __version__
 
@@ -29,7 +29,7 @@ HEALTHY = "No finding: nothing that is looked for is wrong with this fit."
 class Parts:
     """The figures of a fit by what they are of; `tightness` is None without held-out cells, `states` without states."""
 
-    history: Mapping[str, list[float]]
+    history: Mapping[str, Any]
     collapse: Collapse | None
     states: StateUse | None
     tightness: Tightness | None
@@ -116,12 +116,20 @@ def _sections(parts: Parts) -> Iterator[Section]:
         "every look; where it swings, the parameters do.",
         _picture(lambda ax: plots.elbo(parts.history, ax=ax), "Line chart: ELBO per cell against the epoch.", 6.4, 3.2),
     )
+    if (parts.history.get("terms") or {}).get("held_out"):
+        yield Section(
+            "What the ELBO is made of",
+            "Each summand in nats per cell, at KL weight 1: what explains the data, less what each latent site costs "
+            "(KL). Penalties are no part of it.",
+            picture_of(plots.elbo_terms(parts.history), "Line charts: each term of the ELBO, training and held out."),
+        )
     if parts.collapse is not None:
         yield _latent(parts.collapse)
     if parts.tightness is not None:
         yield from _bounds(parts.tightness)
     yield _loss(parts)
-    yield _rates(parts.genes)
+    if parts.genes.sites or parts.states is not None:
+        yield _rates(parts.genes)
     if parts.states is not None:
         yield _states(parts.states)
 
@@ -137,12 +145,21 @@ def _latent(found: Collapse) -> Section:
             f"most {math.log(found.cells):.2f} among {found.cells} cells) and {found.gap:.2f} by which all cells "
             "together miss the prior (Hoffman & Johnson 2016)."
         )
-    order = np.argsort(-found.kl, kind="stable")
+    order = np.argsort(-(found.kl if found.apart else found.activity), kind="stable")
     rows = [("dimension", "KL, nats", "variance of its mean", "log-likelihood it carries, nats", "share")]
     rows += [
-        (str(d), f"{found.kl[d]:.3f}", f"{found.activity[d]:.3f}", f"{found.use[d]:.2f}", f"{found.share_used[d]:.2f}")
+        (
+            str(d),
+            f"{found.kl[d]:.3f}" if found.apart else "-",
+            f"{found.activity[d]:.3f}",
+            _hundredths(found.use[d]),
+            _hundredths(found.share_used[d]),
+        )
         for d in order
     ]
+    if not found.apart:
+        words += " Its prior is a mixture, which leaves no dimension a KL of its own."
+        return Section("The latent space", words, rows=tuple(rows))
     alt = "Bar chart: KL of each latent dimension, active ones in colour."
     drawn = _picture(lambda ax: pictures.kl_by_dimension(found.kl, found.active, ax=ax), alt)
     return Section("The latent space", words, drawn, tuple(rows))
@@ -221,6 +238,11 @@ def _as_json(told: Any) -> Any:
     if isinstance(told, (list, tuple)):
         return [_as_json(value) for value in told]
     return None if isinstance(told, float) and not math.isfinite(told) else told
+
+
+def _hundredths(value: float) -> str:
+    """Two decimals; nothing is less than nothing."""
+    return "-" if math.isnan(value) else f"{round(float(value), 2) + 0.0:.2f}"
 
 
 def _shown(value: Any) -> str:

@@ -55,6 +55,13 @@ class Emission(nn.Module):
         self.start = nn.ParameterDict({name: nn.Parameter(value) for name, value in starts.items()})
 
     @property
+    def noise(self) -> Tensor | None:
+        """The noise of real numbers by gene, in its sds, (G,); None where there is none, or the decoder gives it."""
+        if "noise" not in self.start or "noise" in self.decoded:
+            return None
+        return straightened_exp(self.start["noise"])
+
+    @property
     def heads(self) -> int:
         """How many numbers a cell and gene the decoder gives."""
         return 1 + len(self.decoded)

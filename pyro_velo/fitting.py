@@ -20,6 +20,7 @@ from pyro_velo.batch import Cells
 from pyro_velo.coupling import couple
 from pyro_velo.data.bridge import VelocityData, check_same, velocity_data, write_posterior
 from pyro_velo.data.checks import check_output_keys
+from pyro_velo.doctor import sample
 from pyro_velo.errors import InputError
 from pyro_velo.flow import order_before_a_fit, summarise_cells
 from pyro_velo.forensics import NonFiniteError
@@ -131,7 +132,7 @@ class Fit:
             "seed": training.settings.seed,
             "settings": {**settings, "draws": draws, "over_states": over_states},
             "elbo_history": self.history,
-            "held_out_elbo": training.plateau.best,
+            "held_out_elbo": self.fitted.held_out_elbo,
             "interrupted": self.interrupted,
         }
 
@@ -144,8 +145,10 @@ class Fit:
         return replace(self, fitted=refine(self.fitted, self.data.cells, steps=steps, seed=seed, progress=progress))
 
     def save(self, folder: str | Path) -> None:
-        """Keep the fit in a folder, to `load` it or to go on from it."""
-        checkpoint.save(self.fitted.training, folder, about=describe(self.recipe, self.data))
+        """Keep the fit in a folder, to `load` it or to go on from it, with the cells that a diagnosis looks at."""
+        about = describe(self.recipe, self.data)
+        checkpoint.save(self.fitted.training, folder, about=about)
+        sample.save(self.fitted, self.data.cells, folder, about=about)
 
 
 def fit(
@@ -166,10 +169,11 @@ def fit(
 
     `settings` is a `TrainSettings`, with `seed` put in; `data` says which layers (see `velocity_data`; by default `Ms`
     and `Mu`), `elbo` is any of Pyro's (default `Trace_ELBO`), `save` a folder for a checkpoint after every look at the
-    held-out cells, `resume` a folder to go on from (with the settings and the seed it was made with; only its length
-    may change), `on_evaluation` is called with the run's state after every such look (as a `GradientRecord` wants it),
-    `progress` shows a bar (None: where stderr is a terminal). A fit with a clock that genes share and the rate guide
-    `PerGene` ends with the two coupled (`coupling.couple`), unless it was interrupted.
+    held-out cells (and, in the end, for the cells that a diagnosis looks at), `resume` a folder to go on from (with the
+    settings and the seed it was made with; only its length may change), `on_evaluation` is called with the run's state
+    after every such look (as a `GradientRecord` wants it), `progress` shows a bar (None: where stderr is a terminal). A
+    fit with a clock that genes share and the rate guide `PerGene` ends with the two coupled (`coupling.couple`), unless
+    it was interrupted.
 
     Raises `InputError` for bad layers or a checkpoint of another run; `NonFiniteError`, naming the gene, for NaN in the
     fit.
@@ -177,15 +181,15 @@ def fit(
     model, guide = model or VelocityModel(), guide or Amortized()
     data = data or velocity_data(adata, counts=_counts(model))
     check_suits(model, data)
-    if _one_clock(model) and data.cells.order is None and "distances" in adata.obsp:
-        order = order_before_a_fit(data.cells, adata.obsp["distances"])
-        data = replace(data, cells=replace(data.cells, order=order))
+    data = _in_order(model, data, adata)
     recipe = in_words(model, guide)
     wanted = replace(settings or TrainSettings(), seed=seed)
     training = _resumed(resume, data, recipe) if resume else None
     if training is not None:
         wanted = _same_settings(training, wanted if settings else replace(training.settings, seed=seed))
     about = describe(recipe, data)
+    if save:
+        sample.forget(save)
 
     def looked(state: Training) -> None:
         if save:
@@ -211,6 +215,8 @@ def fit(
         raise named from None
     if not fitted.interrupted:
         fitted = couple(fitted, data.cells, seed=seed, progress=progress)
+    if save:
+        sample.save(fitted, data.cells, save, about=about)
     return Fit(fitted, data, recipe)
 
 
@@ -221,11 +227,19 @@ def load(folder: str | Path, model: Model | None, guide: Guide | None, adata: An
     Raises `InputError` where there is no such fit, or it is of other genes or another model.
     """
     model, guide = model or VelocityModel(), guide or Amortized()
-    data = velocity_data(adata, counts=_counts(model), **layers)
+    data = _in_order(model, velocity_data(adata, counts=_counts(model), **layers), adata)
     recipe = in_words(model, guide)
     training = _resumed(folder, data, recipe)
     fitted = restore(model, guide, data.cells, training)
     return Fit(couple(fitted, data.cells, seed=training.settings.seed), data, recipe)
+
+
+def _in_order(model: Model, data: VelocityData, adata: AnnData) -> VelocityData:
+    """The same data; where genes share a clock and cells have neighbours, with the cells' order before a fit."""
+    if not _one_clock(model) or data.cells.order is not None or "distances" not in adata.obsp:
+        return data
+    order = order_before_a_fit(data.cells, adata.obsp["distances"])
+    return replace(data, cells=replace(data.cells, order=order))
 
 
 def _counts(model: Model) -> bool:
@@ -265,12 +279,22 @@ def _resumed(folder: str | Path, data: VelocityData, recipe: str) -> Training:
     """A checkpoint's state, if it is of these cells, genes and model."""
     training, about = checkpoint.load(folder)
     for name, value in describe(recipe, data).items():
-        if name != "version" and about.get(name) != value:
-            was, now = _where_they_differ(str(about.get(name)), str(value))
-            raise InputError(
-                f"Expected the {name} of the checkpoint in {folder}, {was}; got {now}. Start without the checkpoint."
-            )
+        if name != "version":
+            _check_same_as_kept(name, value, about, folder)
     return training
+
+
+def check_recipe(recipe: str, about: dict[str, Any], folder: str | Path) -> None:
+    """Raises `InputError` unless a model and guide, `in_words`, are those of the checkpoint that says `about`."""
+    _check_same_as_kept("model", recipe, about, folder)
+
+
+def _check_same_as_kept(name: str, value: Any, about: dict[str, Any], folder: str | Path) -> None:
+    if about.get(name) != value:
+        was, now = _where_they_differ(str(about.get(name)), str(value))
+        raise InputError(
+            f"Expected the {name} of the checkpoint in {folder}, {was}; got {now}. Start without the checkpoint."
+        )
 
 
 def _where_they_differ(one: str, other: str, length: int = 200) -> tuple[str, str]:

@@ -12,9 +12,12 @@ class History:
     """The ELBO per cell by epoch: `train`, the mean of its steps, and `held_out`, NaN where it was not evaluated.
 
     `held_out` is at KL weight 1 without penalties; `train` is the objective that was climbed, at the weight
-    `kl_weight`. `terms` has the summands of the ELBO at weight 1 by name, of the `held_out` cells and of as many
-    `train` cells (the same at every look): `kl_...` are taken off the others, `..._penalty` are no part of it. It is
-    empty where the ELBO that was climbed is not `Trace_ELBO` with one particle, whose summands these are.
+    `kl_weight`. `objective` is what looks are compared by, on the same cells with the same noise: the bound at the KL
+    weight and with the free bits that the schedule ends with, without penalties, whatever the weight was at that look;
+    the same as `held_out` where these are 1 and 0. `terms` has the summands of the ELBO at weight 1 by name, of the
+    `held_out` cells and of as many `train` cells (the same at every look): `kl_...` are taken off the others,
+    `..._penalty` are no part of it. It is empty where the ELBO that was climbed is not one that `doctor.terms` takes
+    apart: `Trace_ELBO` with one particle, or `TraceMeanField_ELBO` with a guide that draws each site by itself.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -22,6 +25,13 @@ class History:
     held_out: list[float] = field(default_factory=list)
     kl_weight: list[float] = field(default_factory=list)
     terms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    objective: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> int | None:
+        """Which entry has the parameters that were kept: the first of the highest objective; None before any look."""
+        seen = [i for i, value in enumerate(self.objective) if not math.isnan(value)]
+        return max(seen, key=lambda i: self.objective[i], default=None)
 
     def copy(self) -> History:
         """What stands in it now."""

@@ -35,7 +35,7 @@ class FitOptions:
     `as_is` skips the preprocessing; `nuclei` lets unspliced counts exceed spliced ones by any factor; `draws` counts
     posterior draws, two at least; `depth` is by default "neighbours" for counts and else "total"; `priors` are written
     as `alpha=LogNormal(0, 1)`; `save` and `resume` are folders of checkpoints; `report` is an HTML file; `overwrite`
-    allows output files and keys that exist.
+    allows output files and keys that exist. `beta`, `kl_cycles` and `free_bits` are `TrainSettings`' own (`cycles`).
     """
 
     as_is: bool = False
@@ -61,6 +61,9 @@ class FitOptions:
     batch_key: str | None = None
     covariates: tuple[str, ...] = ()
     priors: tuple[str, ...] = ()
+    beta: float | None = None
+    kl_cycles: int | None = None
+    free_bits: float | None = None
 
 
 VAEModelName = Literal["vae", "gmvae", "cgmdvae"]
@@ -105,6 +108,9 @@ GRID: dict[str, tuple[str, ...]] = {
     "transcription": get_args(TranscriptionName),
 }
 """What `pyro-velo compare` can vary, and the values that each takes."""
+
+PARTS = (*GRID, "batch_key", "covariates", "priors")
+"""The options that say what a fit is made of; `fit --save` keeps them."""
 
 
 @dataclass(frozen=True)

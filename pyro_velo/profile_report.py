@@ -15,7 +15,7 @@ from pyro_velo.data import whole
 from pyro_velo.data.checks import check_key
 from pyro_velo.plots.lookup import Annotated
 from pyro_velo.plots.profiles import clusters_by_number, latent_plane
-from pyro_velo.reporting import Picture, flattened, picture, versions
+from pyro_velo.reporting import Picture, flattened, picture, picture_of, versions
 
 
 def profile_report(adata: Any, path: Path) -> None:
@@ -36,6 +36,7 @@ def render_profiles(adata: Any) -> str:
         n_genes=adata.n_vars,
         held_out=f"{about['held_out_elbo']:.2f}",
         elbo=_elbo(about),
+        terms=_terms(about),
         plane=_plane(adata),
         clusters=_clusters(adata),
         number=_number(about),
@@ -49,6 +50,14 @@ def _elbo(about: dict[str, Any]) -> Picture:
     return picture(
         lambda ax: plots.elbo(about["elbo_history"], ax=ax), 6, 3.4, "The ELBO per cell by epoch, trained and held out."
     )
+
+
+def _terms(about: dict[str, Any]) -> Picture | None:
+    """What the ELBO was made of, where the fit kept it."""
+    history = about["elbo_history"]
+    if not history.get("terms"):
+        return None
+    return picture_of(plots.elbo_terms(history), "Line charts: each term of the ELBO, trained and held out.")
 
 
 def _plane(adata: Annotated) -> Picture:

@@ -135,14 +135,29 @@ class Warmup:
 
     @contextmanager
     def done(self) -> Iterator[None]:
-        """Within it, programs are scored at weight 1, without penalties: the ELBO that is reported and compared."""
+        """Within it, programs are scored at weight 1, without penalties: the ELBO that is reported."""
         with WithoutPenalties():
+            yield
+
+    @property
+    def ends_with_elbo(self) -> bool:
+        """Whether what is climbed at the end is the ELBO itself: no beta, and no free bits."""
+        return self.beta == 1 and not self.free_bits
+
+    @contextmanager
+    def settled_at(self) -> Iterator[None]:
+        """Within it, programs are scored at weight `beta` with `free_bits`, without penalties: the final objective."""
+        floor = FreeBits(self.free_bits) if self.free_bits else nullcontext()
+        with WithoutPenalties(), KLWeight(self.beta, 0.0), floor:
             yield
 
 
 @dataclass
 class Plateau:
-    """Counts held-out evaluations without improvement: one plateau lowers the learning rate, the next ends the fit."""
+    """Counts held-out evaluations without improvement: one plateau lowers the learning rate, the next ends the fit.
+
+    `best` is of the final objective (`History.objective`).
+    """
 
     patience: int = 15
     best: float = -math.inf
@@ -150,10 +165,10 @@ class Plateau:
     lowered: bool = False
     finished: bool = False
 
-    def improves(self, held_out: float, *, warm: bool) -> bool:
-        """Whether this is the best held-out ELBO so far; waiting is only counted once the KL is in (`warm`)."""
-        if held_out > self.best:
-            self.best, self.waited = held_out, 0
+    def improves(self, objective: float, *, warm: bool) -> bool:
+        """Whether this held-out objective is the best so far; waiting is only counted once the KL is in (`warm`)."""
+        if objective > self.best:
+            self.best, self.waited = objective, 0
             return True
         self.waited += warm
         if self.lowered and self.waited >= self.patience:

@@ -17,14 +17,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, SVI, Trace_ELBO
+from pyro.infer import ELBO, SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.util import zero_grads
 from pyro.optim import ClippedAdam
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Data, Minibatch
-from pyro_velo.doctor.terms import terms_of
+from pyro_velo.doctor.terms import draws_together, terms_of
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import NonFiniteError, blame
 from pyro_velo.history import History as History
@@ -50,7 +50,9 @@ class TrainSettings:
         seed: of every random number. beta: what the weight of the KL rises to (Higgins et al. 2017). cycles: how often
         it does so, in equal parts of the run (Fu et al. 2019: 4, with a warmup of 0.5). free_bits: nats that each
         latent dimension of a cell may cost for free; 0: none (`schedule.FreeBits`). The held-out ELBO knows none of
-        the three.
+        the three. The parameters that are kept are those of the look at the held-out cells with the best final
+        objective: the ELBO with the KL at `beta` and with `free_bits`, whatever the weight was at that look. So a look
+        from a phase of low weight is kept only where it is the best at the weight that the schedule ends with.
     """
 
     max_epochs: int | None = None
@@ -80,7 +82,7 @@ class TrainSettings:
         self._require("held_out", "in [0, 1)", 0 <= self.held_out < 1)
         self._require("seed", "of 0 or more", self.seed >= 0)
         self._require("beta", "above 0 and finite", 0 < self.beta < math.inf)
-        self._require("free_bits", "of 0 or more, and finite,", 0 <= self.free_bits < math.inf)
+        self._require("free_bits", "of 0 or more and finite", 0 <= self.free_bits < math.inf)
         self._require("warmup", "above 0 with several cycles", self.warmup > 0 or self.cycles == 1)
 
     def _require(self, name: str, expected: str, holds: bool) -> None:
@@ -110,6 +112,12 @@ class Fitted:
     store: dict
     training: Training
     interrupted: bool = False
+
+    @property
+    def held_out_elbo(self) -> float:
+        """The ELBO per held-out cell at KL weight 1 of the parameters that were kept; -inf before any look."""
+        history = self.training.history
+        return -math.inf if history.best is None else history.held_out[history.best]
 
     @contextmanager
     def parameters(self) -> Iterator[None]:
@@ -141,7 +149,7 @@ def train(
     on_evaluation: OnEvaluation | None = None,
     progress: bool | None = None,
 ) -> Fitted:
-    """Fit `guide` to `model` on `cells` and return it with the best parameters that the held-out ELBO saw.
+    """Fit `guide` to `model` on `cells` and return it with the best parameters that the held-out cells saw.
 
     `resume` goes on from a run's state, which stays as it is; `on_evaluation` is called with that state after every
     look at the held-out cells (to save it); `progress` shows a bar (None: where stderr is a terminal). Ctrl-C ends the
@@ -202,7 +210,8 @@ class _Loop:
         self.warmup = _warmup(settings, self.epochs, self.n_batches)
         self.optimizer = ClippedAdam({"lr": settings.learning_rate, "clip_norm": settings.clip})
         self.svi = SVI(per_cell(program, self.n_train), per_cell(guide, self.n_train), self.optimizer, elbo)
-        self.has_terms = type(elbo) is Trace_ELBO and elbo.num_particles == 1
+        self.closed = type(elbo) is TraceMeanField_ELBO
+        self.has_terms = type(elbo) in (Trace_ELBO, TraceMeanField_ELBO) and elbo.num_particles == 1
         # A copy: the run that is gone on with may be gone on with again.
         self.state = deepcopy(resume) if resume else Training(settings, plateau=Plateau(patience=settings.patience))
         self.state.settings = settings
@@ -235,6 +244,9 @@ class _Loop:
         batch = self.cells.batch(self._on_device(self.train_index[: self.settings.batch_size]), self.n_train)
         with torch.no_grad():
             self.svi.loss(self.svi.model, self.svi.guide, batch)
+        if self.closed and self.has_terms:
+            with torch.no_grad():
+                self.has_terms = not draws_together(self.svi.guide, self.svi.model, batch)
         if self.state.parameters:
             load_parameters(self.state.parameters)
             self.optimizer.set_state(deepcopy(self.state.optimizer))
@@ -253,8 +265,8 @@ class _Loop:
         state.epoch += 1
         last = state.epoch == self.epochs
         evaluated = last or state.epoch % self.evaluate_every == 0
-        held_out = self._held_out(step + self.n_batches) if evaluated else math.nan
-        self._note(-total / self.n_batches, held_out, self.warmup.weight(step))
+        looked = self._look(step + self.n_batches) if evaluated else (math.nan, math.nan)
+        self._note(-total / self.n_batches, *looked, self.warmup.weight(step))
         return evaluated
 
     def _step(self, batch: Minibatch, step: int) -> float:
@@ -271,32 +283,44 @@ class _Loop:
         zero_grads(values.values())
         return float(loss)
 
-    def _held_out(self, step: int) -> float:
-        """The ELBO per held-out cell at weight 1, with the same noise every time, so that epochs can be compared."""
-        index, total = self.held_index if len(self.held_index) else self.train_index, 0.0
+    def _look(self, step: int) -> tuple[float, float]:
+        """The ELBO per held-out cell at weight 1, and the objective that the schedule ends with."""
         terms: dict[str, float] = {}
-        with _own_noise(self.cells, self.settings.seed), self.warmup.done(), torch.no_grad():
-            for batch in self.cells.batches(self._on_device(index), self.settings.batch_size, self.n_train):
-                loss = self._loss(batch, terms, len(batch.index) / len(index))
-                if not math.isfinite(loss):
-                    raise NonFiniteError(blame(self.svi.model, self.svi.guide, batch, {}), step=step)
-                total += len(batch.index) * loss
+        with self.warmup.done():
+            elbo = self._held_out(step, lambda batch, share: self._loss(batch, terms, share))
         if self.has_terms:
             self.state.history.note_terms("held_out", terms)
             self.state.history.note_terms("train", self._train_terms() if len(self.held_index) else terms)
+        if self.warmup.ends_with_elbo:
+            return elbo, elbo
+        with self.warmup.settled_at():
+            return elbo, self._held_out(step, lambda batch, _: self.svi.loss(self.svi.model, self.svi.guide, batch))
+
+    def _held_out(self, step: int, loss_of: Callable[[Minibatch, float], float]) -> float:
+        """The mean over held-out cells of what is climbed, with the same noise every time: looks can be compared."""
+        index, total = self.held_index if len(self.held_index) else self.train_index, 0.0
+        with _own_noise(self.cells, self.settings.seed), torch.no_grad():
+            for batch in self.cells.batches(self._on_device(index), self.settings.batch_size, self.n_train):
+                loss = loss_of(batch, len(batch.index) / len(index))
+                if not math.isfinite(loss):
+                    raise NonFiniteError(blame(self.svi.model, self.svi.guide, batch, {}), step=step)
+                total += len(batch.index) * loss
         return -total / len(index)
 
     def _loss(self, batch: Minibatch, terms: dict[str, float], share: float) -> float:
         """The loss per cell of a batch, whose terms are added to the others with its share."""
         if not self.has_terms:
             return self.svi.loss(self.svi.model, self.svi.guide, batch)
-        # As `Trace_ELBO.loss` has it, to the bit, with the traces that it is made of.
+        # As the ELBO's own `loss` has it (`Trace_ELBO`'s to the bit), with the traces that it is made of.
         guide = poutine.trace(self.svi.guide).get_trace(batch)
         model = poutine.trace(poutine.replay(self.svi.model, trace=guide)).get_trace(batch)
         model.compute_log_prob()
         guide.compute_log_prob()
-        for term in terms_of(guide, model).grouped().terms:
+        found = terms_of(guide, model, closed=self.closed)
+        for term in found.grouped().terms:
             terms[term.name] = terms.get(term.name, 0.0) + share * term.value.item()
+        if self.closed:
+            return -float(found.total)
         return float(guide.log_prob_sum()) - float(model.log_prob_sum())
 
     def _train_terms(self) -> dict[str, float]:
@@ -308,16 +332,17 @@ class _Loop:
                 self._loss(self.cells.batch(part, self.n_train), terms, len(part) / len(index))
         return terms
 
-    def _note(self, train_elbo: float, held_out: float, kl_weight: float) -> None:
+    def _note(self, train_elbo: float, held_out: float, objective: float, kl_weight: float) -> None:
         """Write the epoch down, keep the parameters if they are the best, lower the learning rate when it is time."""
         state, history = self.state, self.state.history
         history.epoch.append(state.epoch)
         history.train.append(train_elbo)
         history.held_out.append(held_out)
         history.kl_weight.append(kl_weight)
+        history.objective.append(objective)
         # While the KL weight rises, another bound is climbed than the one that is compared.
         warm = state.epoch * self.n_batches >= self.warmup.settled
-        if not math.isnan(held_out) and state.plateau.improves(held_out, warm=warm):
+        if not math.isnan(objective) and state.plateau.improves(objective, warm=warm):
             state.best = parameters()
         if state.plateau.lower_rate(due=state.epoch >= self.settings.drop * self.epochs):
             for optimizer in self.optimizer.optim_objs.values():

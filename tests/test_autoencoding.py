@@ -174,7 +174,7 @@ def test_the_command_writes_clusters_and_a_report(tmp_path: Path) -> None:
     assert isinstance(made.obs["vae_cluster"].dtype, pd.CategoricalDtype)
     assert made.layers["vae_denoised"].shape == adata.shape and made.uns[keys.UNS_VAE]["settings"]["seed"] == 1
     text = page.read_text()
-    assert text.count("data:image/png") == 2 and "<script" not in text
+    assert text.count("data:image/png") == 3 and "What the ELBO is made of" in text and "<script" not in text
     code, _, err = command(*arguments)
     assert code == 2 and "exists already" in err and len(err.splitlines()) == 1
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -154,11 +155,13 @@ def test_fit_passes_its_defaults_on(api: SimpleNamespace, file: Path) -> None:
 def test_fit_passes_every_option_on(api: SimpleNamespace, file: Path) -> None:
     options = (
         "--as-is --spliced-layer S --unspliced-layer U --draws 7 --max-epochs 5 --batch-size 64 --seed 3 --threads 2 "
-        f"--device cpu --save here --resume {file.parent} --report r.html --overwrite --nuclei"
+        f"--device cpu --save here --resume {file.parent} --report r.html --overwrite --nuclei "
+        "--beta 4 --kl-cycles 3 --free-bits 0.1"
     )
     assert main(["fit", str(file), "-o", "out.h5ad", *options.split()]) == 0
     there, report = file.parent, Path("r.html")
     expected = FitOptions(True, "S", "U", 7, 5, 64, 3, 2, "cpu", Path("here"), there, report, True, True)
+    expected = replace(expected, beta=4.0, kl_cycles=3, free_bits=0.1)
     assert api.calls == [("fit_file", (file, Path("out.h5ad"), expected), {})]
 
 
@@ -533,6 +536,9 @@ def test_a_broken_file_is_refused(
         (["--batch-key", "lab"], ["lab"]),
         (["--prior", "alpha=open(1)"], ["alpha", "open"]),
         (["--likelihood", "nb"], ["whole", "spliced"]),
+        (["--beta", "0"], ["Expected beta above 0 and finite; got 0.0"]),
+        (["--kl-cycles", "0"], ["Expected cycles of 1 or more; got 0"]),
+        (["--free-bits", "-1"], ["Expected free_bits of 0 or more and finite; got -1.0"]),
     ],
 )
 def test_fit_refuses_what_is_not_there(simulated: Path, tmp_path: Path, options: list[str], words: list[str]) -> None:

@@ -264,7 +264,7 @@ def test_what_is_no_bound_is_said() -> None:
 def looks(*held_out: float, finished: bool = False) -> Training:
     training = Training(TrainSettings())
     epochs = list(range(1, len(held_out) + 1))
-    training.history = History(epochs, list(held_out), list(held_out), [1.0] * len(epochs))
+    training.history = History(epochs, list(held_out), list(held_out), [1.0] * len(epochs), objective=list(held_out))
     training.plateau.finished = finished
     return training
 

@@ -14,19 +14,24 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.neighbors import kneighbors_graph
 from small import GUIDE, MODEL, settings, small_adata
 
 import pyro_velo as pv
 from pyro_velo import checkpoint
+from pyro_velo.api import PARTS_FILE
+from pyro_velo.batch import Cells
 from pyro_velo.cli import main
-from pyro_velo.diagnosing import diagnose_file
+from pyro_velo.diagnosing import diagnose_file, diagnosed
+from pyro_velo.doctor import balance, collapse, sample
+from pyro_velo.doctor import genes as genes_module
+from pyro_velo.doctor.draws import chosen_cells
 from pyro_velo.doctor.genes import genes
 from pyro_velo.errors import InputError
 from pyro_velo.fitting import Fit
 from pyro_velo.forensics import NonFiniteError
-from pyro_velo.options import FitOptions
 from pyro_velo.plots import bound_by_particles, k_hat_histogram, kl_by_dimension, loss_by_gene
-from pyro_velo.train import parameters
+from pyro_velo.train import parameters, split
 
 
 def fitted(save: Path | None = None, change: Any = None, model: Any = MODEL, **changes: Any) -> Fit:
@@ -91,7 +96,7 @@ def test_the_json_holds_null_for_what_is_not_known(found: pv.Diagnosis) -> None:
 
 def test_the_page_loads_nothing_and_says_everything(found: pv.Diagnosis) -> None:
     page = found.to_html()
-    assert 'src="http' not in page and "<script" not in page and page.count('src="data:image/png') == 5
+    assert 'src="http' not in page and "<script" not in page and page.count('src="data:image/png') == 6
     for words in (
         "not-converged",
         "Training",
@@ -150,7 +155,7 @@ def test_a_fit_that_met_nan_is_told_by_its_error_and_by_what_it_left(tmp_path: P
     found = pv.diagnose(caught.value)
     assert found.codes == ("nan",) and found.findings[0].figure == caught.value.step
     assert "no checkpoint was kept" in str(found)
-    left = diagnose_file(tmp_path, tmp_path / "unused.h5ad", FitOptions())
+    left = diagnose_file(tmp_path)
     assert left.findings == found.findings
     assert "nan" in left.to_html() and json.loads(left.to_json())["findings"][0]["code"] == "nan"
 
@@ -168,6 +173,77 @@ def test_the_last_good_checkpoint_is_named_and_the_next_one_takes_the_failure_aw
     (tmp_path / checkpoint.FAILURE).write_text("[]")
     with pytest.raises(InputError, match="Expected what, step, gene and checkpoint_epoch"):
         checkpoint.failure(tmp_path)
+
+
+# What is kept for it
+
+
+def noted(fit: Fit, folder: Path) -> pv.Diagnosis:
+    """By the folder alone."""
+    training, about = checkpoint.load(folder)
+    kept = sample.load(folder, about)
+    fitted = sample.restored(fit.fitted.program.recipe, GUIDE, training, kept)
+    return diagnosed(fitted, kept.cells, kept.gene_names, noise=kept.noise_ratio)
+
+
+def test_the_cells_that_are_kept_tell_all_that_the_whole_fit_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last digit, by fewer than half of the cells: of counts in two batches, with a clock that genes share."""
+    for module, name, size in ((collapse, "MIXTURE_CELLS", 12), (genes_module, "CELLS", 12), (balance, "CELLS", 10)):
+        monkeypatch.setattr(module, name, size)
+    adata = small_adata(80, 6)
+    for name in ("spliced", "unspliced"):
+        adata.layers[name] = np.round(20 * adata.layers[name])
+    adata.obs["lab"] = np.where(np.arange(80) % 3 == 0, "a", "b")
+    adata.obsp["distances"] = kneighbors_graph(adata.layers["spliced"], 8, mode="distance")
+    data = pv.velocity_data(adata, as_is=True, counts=True, batch_key="lab")
+    model = pv.VelocityModel(pv.likelihoods.NB(), times=pv.times.Shared(), n_latent=2, hidden=(8,))
+    plan = settings(max_epochs=2, batch_size=36)
+    fit = pv.fit(model, GUIDE, adata, settings=plan, data=data, save=tmp_path, progress=False)
+    told = noted(fit, tmp_path)
+    assert told.to_json() == pv.diagnose(fit).to_json()
+    _, about = checkpoint.load(tmp_path)
+    assert len(sample.load(tmp_path, about).cells.numbers) < 40
+
+
+def test_few_cells_are_kept_of_many_and_no_others_can_be_asked_for(rng: np.random.Generator) -> None:
+    numbers = sample.looked_at(200_000, 0.1, 3)
+    assert len(numbers) <= 820 and (numbers.diff() > 0).all()
+    train_index, held_index = split(200_000, 0.1, 3)
+    for needed in (train_index[:256], held_index[:50], chosen_cells(200_000, 512, 0)):
+        assert torch.isin(needed, numbers).all()
+    molecules = torch.from_numpy(rng.random((2, 80, 6)))
+    some = sample.SomeCells(Cells(molecules[:, 3:9:2]), torch.tensor([3, 5, 7]), 80)
+    batch, whole = (cells.batch(torch.tensor([7, 3])) for cells in (some, Cells(molecules)))
+    assert all(torch.equal(getattr(batch, name), getattr(whole, name)) for name in ("molecules", "index"))
+    assert len(some) == batch.n_cells == 80
+    for other in (4, 79):
+        with pytest.raises(InputError, match=f"Expected cells that were kept; number {other} of 80 was not"):
+            some.batch(torch.tensor([3, other]))
+
+
+def test_cells_of_another_fit_or_none_are_refused(tmp_path: Path) -> None:
+    fit = fitted(save=tmp_path, max_epochs=1)
+    _, about = checkpoint.load(tmp_path)
+    path = tmp_path / sample.FILE
+    with pytest.raises(InputError, match="got those of another fit"):
+        sample.load(tmp_path, about | {"genes": ["a"]})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"can't be read .* Name the AnnData"):
+        sample.load(tmp_path, about)
+    fit.save(tmp_path)
+    assert noted(fit, tmp_path).codes == ("not-converged",)
+    # A fit that is killed must not leave an earlier one's cells behind.
+    with pytest.raises(NonFiniteError):
+        fitted(save=tmp_path, learning_rate=1e12, max_epochs=4, evaluate_steps=100)
+    assert not path.exists()
+    with pytest.raises(InputError, match="found none: the fit was stopped before its end"):
+        sample.load(tmp_path, about)
+    # Of a fit whose cells have a q(z) of their own, few cells would not do.
+    fit.save(tmp_path)
+    fit.refined(steps=1).save(tmp_path)
+    assert not path.exists()
 
 
 # Pictures
@@ -228,6 +304,27 @@ def test_diagnose_prints_and_writes_the_same(
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "told.json" in line
+    # The folder alone says the same.
+    again = tmp_path / "again.json"
+    assert main(["diagnose", str(kept[0]), "--json", str(again)]) == 0
+    assert capsys.readouterr().out == printed and again.read_text() == told.read_text()
+
+
+def test_what_a_fit_is_made_of_need_not_be_named_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, folder = tmp_path / "in.h5ad", tmp_path / "kept"
+    small_adata().write_h5ad(source)
+    fit = ["fit", str(source), "-o", str(tmp_path / "out.h5ad"), "--as-is", "--max-epochs", "4", "--draws", "2"]
+    parts = ["--states", "hard", "--prior", "gamma=LogNormal(0, 2)", "--save", str(folder)]
+    assert main([*fit, *parts, "--beta", "4", "--kl-cycles", "2", "--free-bits", "0.1"]) == 0
+    plan = checkpoint.load(folder)[0].settings
+    assert (plan.beta, plan.cycles, plan.free_bits) == (4.0, 2, 0.1)
+    capsys.readouterr()
+    assert main(["diagnose", str(folder)]) == 0
+    assert "not-converged" in capsys.readouterr().out
+    (folder / PARTS_FILE).write_text('{"likelihood": "no"}')
+    assert main(["diagnose", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Expected likelihood, states" in line and PARTS_FILE in line
 
 
 def test_bad_input_gets_one_line_and_code_2(
@@ -235,6 +332,8 @@ def test_bad_input_gets_one_line_and_code_2(
 ) -> None:
     folder, data = map(str, kept)
     for arguments, complaint in (
+        ([str(tmp_path)], f"Expected a checkpoint at {tmp_path / checkpoint.FILE}; found none"),
+        ([folder, "--times", "shared"], "Expected the model of the checkpoint"),
         ([str(tmp_path), data], f"Expected a checkpoint at {tmp_path / checkpoint.FILE}; found none"),
         (["nowhere", data], "'nowhere' does not exist"),
         ([folder, "missing.h5ad"], "'missing.h5ad' does not exist"),

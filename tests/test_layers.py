@@ -67,6 +67,7 @@ SIDEWAYS = {
     # What a bound is made of, which every fit writes down; the rest of the doctor looks at fits.
     ("train", "doctor.terms"),
     ("doctor.terms", "schedule"),
+    ("doctor", "checkpoint"),
     ("doctor", "doctor.terms"),
     ("doctor", "evidence"),
     ("doctor", "schedule"),
@@ -147,6 +148,7 @@ SIDEWAYS = {
     ("diagnosis", "plots"),
     ("diagnosis", "reporting"),
     ("diagnosing", "api"),
+    ("diagnosing", "autoencoding"),
     ("diagnosing", "diagnosis"),
     ("diagnosing", "fitting"),
     ("calibrating", "api"),

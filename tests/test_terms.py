@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from pyro_velo.evidence import conditions
 from pyro_velo.likelihoods import LIKELIHOODS
 from pyro_velo.mixture import JointMixture
 from pyro_velo.rates import RATE_GUIDES, Auto, RateGuide, unit_lower
+from pyro_velo.schedule import Warmup
 from pyro_velo.states import STATE_FAMILIES
 from pyro_velo.times import TIMES
 from pyro_velo.train import Fitted, Training, TrainSettings, load_parameters, per_cell, split
@@ -102,21 +104,35 @@ def some_batch(cells: Cells):
     return cells.batch(torch.arange(1, 8), len(cells) - 3)
 
 
-def one_draw(fitted: Fitted, cells: Cells) -> tuple[Terms, float]:
+SCHEDULES = {
+    "elbo": Warmup(0),
+    "beta": Warmup(0, beta=4.0),
+    "free bits": Warmup(0, free_bits=0.5),
+    "light, free bits": Warmup(0, beta=0.3, free_bits=2.0),
+}
+WITH_SCHEDULES = ("states collapsed", "rates per-gene", "likelihood nb", "all at once")
+"""The parts that are put under every schedule; the others under the ELBO alone."""
+
+
+def one_draw(fitted: Fitted, cells: Cells, schedule: Warmup | None = None) -> tuple[Terms, float]:
     """The terms of a batch, and the loss per cell of `Trace_ELBO` at the same draw."""
     batch = some_batch(cells)
-    with conditions(fitted, cells, 5), torch.no_grad():
+    objective = schedule.settled_at if schedule else nullcontext
+    with conditions(fitted, cells, 5), torch.no_grad(), objective():
         terms = draw_terms(fitted, batch)
-    with conditions(fitted, cells, 5), torch.no_grad():
+    with conditions(fitted, cells, 5), torch.no_grad(), objective():
         parts = [per_cell(part, batch.n_cells) for part in (fitted.program, fitted.guide)]
         return terms, Trace_ELBO().loss(*parts, batch)
 
 
 @exact
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
-def test_the_terms_add_up_to_the_elbo_of_the_same_draw(parts: dict[str, Any]) -> None:
-    fitted, cells = world(**parts)
-    terms, loss = one_draw(fitted, cells)
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [(name, each) for name in PARTS for each in SCHEDULES if each == "elbo" or name in WITH_SCHEDULES],
+)
+def test_the_terms_add_up_to_the_elbo_of_the_same_draw(name: str, schedule: str) -> None:
+    fitted, cells = world(**PARTS[name])
+    terms, loss = one_draw(fitted, cells, SCHEDULES[schedule])
     assert float(terms.total) == pytest.approx(-loss, rel=1e-9)
     grouped = terms.grouped()
     assert_close(grouped.total, terms.total)
@@ -130,14 +146,14 @@ def test_the_terms_add_up_to_the_elbo_of_the_same_draw(parts: dict[str, Any]) ->
                 assert len(share) == {CELLS: 7, GENES: cells.n_genes, DIMENSIONS: 3}[axis]
 
 
-def test_they_add_up_in_single_precision_too() -> None:
+@pytest.mark.parametrize("changes", [{}, {"beta": 4.0}, {"free_bits": 0.5}, {"beta": 0.3, "free_bits": 2.0}], ids=str)
+def test_they_add_up_in_single_precision_too(changes: dict[str, float]) -> None:
+    """Of a fit under a schedule: the objective that it climbed, and the ELBO of the same draw."""
     cells = small_cells()
-    fitted = small_fit(cells, settings=settings(max_epochs=2))
-    batch, parts = some_batch(cells), [per_cell(part, len(cells) - 3) for part in (fitted.program, fitted.guide)]
-    with conditions(fitted, cells, 5), torch.no_grad():
-        terms = draw_terms(fitted, batch)
-    with conditions(fitted, cells, 5), torch.no_grad():
-        assert float(terms.total) == pytest.approx(-Trace_ELBO().loss(*parts, batch), rel=1e-5)
+    fitted = small_fit(cells, settings=settings(max_epochs=2, **changes))
+    for schedule in (Warmup(0, **changes), SCHEDULES["elbo"]):
+        terms, loss = one_draw(fitted, cells, schedule)
+        assert float(terms.total) == pytest.approx(-loss, rel=1e-5)
 
 
 @exact
@@ -309,9 +325,12 @@ def elbo_of(terms: dict[str, list[float]]) -> np.ndarray:
     return np.sum([signs[name] * np.array(values) for name, values in terms.items()], axis=0)
 
 
-@pytest.mark.parametrize("share", [0.4, 0.0])
-def test_what_a_fit_keeps_adds_up_to_its_held_out_elbo(share: float) -> None:
-    cells, plan = small_cells(), settings(held_out=share, evaluate_steps=6, max_epochs=4)
+@pytest.mark.parametrize(
+    ("share", "changes"), [(0.4, {}), (0.0, {}), (0.4, {"beta": 4.0}), (0.4, {"beta": 0.3, "free_bits": 2.0})]
+)
+def test_what_a_fit_keeps_adds_up_to_its_held_out_elbo(share: float, changes: dict[str, float]) -> None:
+    """Whatever the schedule is: terms and ELBO are at weight 1."""
+    cells, plan = small_cells(), settings(held_out=share, evaluate_steps=6, max_epochs=4, **changes)
     history = small_fit(cells, settings=plan).training.history
     assert_allclose(elbo_of(history.terms["held_out"]), history.held_out, rtol=1e-5)
     assert {"unspliced", "spliced", "kl_z", "kl_pi", "kl_rates", "kl_noise", "kl_switch_times"} <= set(
@@ -360,6 +379,7 @@ def test_to_keep_them_changes_no_bit_of_the_fit() -> None:
 
 def test_what_is_no_sum_of_them_keeps_none() -> None:
     assert small_fit(elbo=Trace_ELBO(num_particles=2), settings=settings(max_epochs=1)).training.history.terms == {}
+    # Its guide draws rates together, whose KL has no closed form by site.
     assert small_fit(elbo=TraceMeanField_ELBO(), settings=settings(max_epochs=1)).training.history.terms == {}
 
 
@@ -370,12 +390,13 @@ def test_a_checkpoint_holds_them_and_one_without_still_loads(tmp_path: Path, mon
     loaded, _ = checkpoint.load(tmp_path)
     assert differing(loaded, kept[1]) == [] and loaded.history.terms["train"]["kl_z"]
     assert differing(small_fit(resume=loaded, settings=None).training, whole) == []
-    # As an older version wrote it: no terms, no schedules.
+    # As an older version wrote it: no terms, no schedules; looks were compared by the ELBO.
     monkeypatch.setattr(checkpoint, "json", Older)
     checkpoint.save(kept[1], tmp_path)
     monkeypatch.undo()
     old, _ = checkpoint.load(tmp_path)
     assert old.history.terms == {} and old.settings == kept[1].settings
+    assert old.history.objective == kept[1].history.held_out
     resumed = small_fit(resume=old, settings=None).training
     assert math.isnan(resumed.history.terms["train"]["kl_z"][1])
     assert resumed.history.terms["train"]["kl_z"][2:] == whole.history.terms["train"]["kl_z"][2:]
@@ -387,7 +408,7 @@ class Older:
 
     @staticmethod
     def dumps(header: dict[str, Any], **options: Any) -> str:
-        history = {name: column for name, column in header["history"].items() if name != "terms"}
+        history = {name: column for name, column in header["history"].items() if name not in {"terms", "objective"}}
         plan = {name: x for name, x in header["settings"].items() if name not in {"beta", "cycles", "free_bits"}}
         return json.dumps(header | {"history": history, "settings": plan}, **options)
 

@@ -19,6 +19,7 @@ from torch import nn
 
 import pyro_velo as pv
 from pyro_velo.batch import Batch, Cells
+from pyro_velo.doctor.decomposition import draw_terms
 from pyro_velo.errors import FitError, InputError
 from pyro_velo.forensics import NonFiniteError
 from pyro_velo.models.base import Model
@@ -148,6 +149,75 @@ def test_the_result_has_the_best_held_out_elbo(changes):
     with fit.parameters():
         now = {name: param.unconstrained() for name, param in pyro.get_param_store().items()}
     assert all(torch.equal(now[name], value) for name, value in state.best.items())
+
+
+SCHEDULES = {
+    "beta": {"beta": 30.0, "warmup": 0.7},
+    "cycles": {"beta": 30.0, "cycles": 3, "warmup": 0.8},
+    "free bits": {"beta": 5.0, "free_bits": 0.5, "warmup": 0.5},
+}
+
+
+def objective_of(fit, parameters, cells, plan):
+    """E log p(x | z), and the same - KL(genes) - beta KL(cells), with free bits, by their definitions."""
+    train_index, held = split(len(cells), plan.held_out, plan.seed)
+    reconstruction = total = 0.0
+    with fit.parameters(), torch.random.fork_rng(), torch.no_grad(), WithoutPenalties():
+        load_parameters(parameters)
+        torch.manual_seed(plan.seed)
+        for batch in cells.batches(held, plan.batch_size, len(train_index)):
+            terms = draw_terms(fit, batch)
+            share = len(batch.index) / len(held)
+            own = terms.of("kl_z").value
+            if plan.free_bits:
+                own = terms.of("kl_z").expected.clamp_min(plan.free_bits).sum()
+            own = own + terms.of("kl_pi").value
+            shared = sum(x.value for x in terms.terms if x.kind == "kl" and x.name not in ("kl_z", "kl_pi"))
+            explained = sum(x.value for x in terms.terms if x.kind == "reconstruction")
+            reconstruction += share * float(explained)
+            total += share * float(explained - shared - plan.beta * own)
+    return reconstruction, total
+
+
+@pytest.mark.parametrize("changes", SCHEDULES.values(), ids=SCHEDULES)
+def test_looks_are_compared_by_what_the_schedule_ends_with(changes):
+    """A phase of low weight has the better reconstruction, and another look the better ELBO: neither is kept."""
+    cells, plan = small_cells(), settings(held_out=0.4, max_epochs=12, learning_rate=0.05, patience=99, **changes)
+    states: list[Training] = []
+    fit = small_fit(cells, settings=plan, on_evaluation=states.append)
+    history = fit.training.history
+    looked = [objective_of(fit, state.parameters, cells, plan) for state in states]
+    explained, objective = np.array(looked).T
+    np.testing.assert_allclose(history.objective, objective, rtol=1e-5)
+    kept = int(objective.argmax())
+    assert fit.training.plateau.best == max(history.objective) and history.best == kept
+    assert all(torch.equal(value, states[kept].parameters[name]) for name, value in fit.training.best.items())
+    assert fit.held_out_elbo == history.held_out[kept]
+    if plan.beta > 1 and not plan.free_bits:
+        # Else the law would be an empty one.
+        assert kept not in (explained.argmax(), np.argmax(history.held_out))
+        assert history.kl_weight[int(explained.argmax())] < plan.beta
+
+
+def test_without_beta_and_free_bits_the_objective_is_the_elbo(fitted):
+    assert fitted.training.history.objective == fitted.training.history.held_out
+    cycled = small_fit(settings=settings(cycles=2, warmup=0.5)).training.history
+    assert cycled.objective == cycled.held_out
+
+
+def test_beta_takes_the_kl_of_cells_off_the_elbo_so_many_times():
+    history = small_fit(settings=settings(beta=7.0, held_out=0.4)).training.history
+    terms = history.terms["held_out"]
+    own = np.array(terms["kl_z"]) + np.array(terms["kl_pi"])
+    np.testing.assert_allclose(history.objective, np.array(history.held_out) - 6 * own, rtol=1e-5)
+
+
+def test_before_any_look_no_elbo_is_known():
+    assert Training(TrainSettings()).history.best is None
+    assert (
+        replace(small_fit(settings=settings(max_epochs=1)), training=Training(TrainSettings())).held_out_elbo
+        == -math.inf
+    )
 
 
 def test_a_fit_that_gets_no_better_stops_early_with_its_best():
@@ -390,7 +460,7 @@ class OfOthers(pv.initial.Initialisation):
         ("beta", 0.0, "above 0 and finite"),
         ("beta", math.inf, "above 0 and finite"),
         ("cycles", 0, "of 1 or more"),
-        ("free_bits", -0.1, "of 0 or more, and finite,"),
+        ("free_bits", -0.1, "of 0 or more and finite"),
     ],
 )
 def test_settings_that_no_fit_can_be_run_with_are_refused(name, value, expected):
@@ -409,6 +479,7 @@ def test_schedules_change_what_is_climbed_and_not_what_is_reported(fitted, chang
     still = {"learning_rate": 1e-30, "max_epochs": 2, "warmup": 0.5}
     changed, plain = (small_fit(settings=settings(**still | extra)).training for extra in (changes, {}))
     assert changed.history.held_out == plain.history.held_out and changed.history.terms == plain.history.terms
+    assert (changed.history.objective == plain.history.objective) == ("cycles" in changes)
     assert changed.history.train != plain.history.train
     assert differing_values(small_fit(settings=settings(**changes)).training.parameters, fitted.training.parameters)
 

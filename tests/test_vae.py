@@ -14,6 +14,7 @@ from tolerances import STANDARD_ERRORS, assert_close, standard_error
 from torch import Tensor
 
 from pyro_velo.clustering import TRAINING, fit_profiles
+from pyro_velo.doctor.tightness import tightness
 from pyro_velo.encoders import Encoder
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import evidence
@@ -68,8 +69,11 @@ def test_with_the_exact_posterior_the_bound_is_the_evidence_and_else_below_it() 
         found = evidence(Fitted(program, guide, store, training), cells, particles=20, draws=2)
         order = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:30]
         truth = guide.evidence(cells.x[order]).numpy()
+        bounds = tightness(Fitted(program, guide, store, training), cells)
+        assert (bounds.index == order.numpy()).all() and (np.diff(bounds.bound, axis=0) >= -1e-9).all()
         if width == 1.0:
             np.testing.assert_allclose(found.elbo, truth, rtol=1e-9)
+            np.testing.assert_allclose(bounds.bound, np.tile(truth, (4, 1)), rtol=1e-9)
         else:
             assert found.elbo.mean() < found.iw_bound.mean() < truth.mean() + 0.02
         assert found.sites == () and found.no_kl == ()

@@ -21,7 +21,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Data, Minibatch
 from pyro_velo.doctor import draws as taken
 from pyro_velo.evidence import computed_sites, conditions
 from pyro_velo.train import Fitted, split
@@ -50,7 +50,7 @@ class Widened(Messenger):
             msg["fn"] = wider.to_event(msg["fn"].event_dim)
 
 
-def balance(fitted: Fitted, cells: Cells, *, draws: int = DRAWS, seed: int = 0) -> Balance:
+def balance(fitted: Fitted, cells: Data, *, draws: int = DRAWS, seed: int = 0) -> Balance:
     """Read the KL weight off up to `CELLS` training cells, by gradients of `draws` draws each.
 
     NaN where q(z | x) is no Normal, or is the prior, where the KL has no slope, and below 0, which no optimum has.
@@ -58,7 +58,7 @@ def balance(fitted: Fitted, cells: Cells, *, draws: int = DRAWS, seed: int = 0) 
     settings = fitted.training.settings
     index = split(len(cells), settings.held_out, settings.seed)[0]
     with conditions(fitted, cells, seed), torch.enable_grad():
-        first = cells.batch(index[:1].to(cells.molecules.device), len(index))
+        first = cells.batch(index[:1].to(cells.device), len(index))
         drawn, left_out = taken.draw(fitted, first), computed_sites(fitted, first)
         names = taken.latent_sites(drawn)
         normal = (isinstance(taken.bare(drawn.guide.nodes[name]["fn"]), dist.Normal) for name in names)
@@ -71,21 +71,24 @@ def balance(fitted: Fitted, cells: Cells, *, draws: int = DRAWS, seed: int = 0) 
     return _ratio(slopes)
 
 
-def _slopes(fitted: Fitted, batch: Batch, names: Sequence[str], left_out: tuple[str, ...]) -> Tensor:
+def _slopes(fitted: Fitted, batch: Minibatch, names: Sequence[str], left_out: tuple[str, ...]) -> Tensor:
     """The slopes of the log-likelihood and of the KL, summed over cells and dimensions, of one draw: (2,)."""
     events = {name: _event(fitted, batch, name) for name in names}
-    like = batch.molecules
+    like = batch.measured
     factors = {name: like.new_zeros(event).requires_grad_() for name, event in events.items()}
     with Widened(factors):
         guide = poutine.trace(fitted.guide).get_trace(batch)
     drawn = taken.Draw(guide, poutine.trace(poutine.replay(fitted.program, trace=guide)).get_trace(batch))
     leaves = list(factors.values())
-    explained = torch.autograd.grad(taken.log_likelihood(drawn, left_out).sum(), leaves, retain_graph=True)
+    # What the likelihood does not hang on, such as w of a `CGMDVAE`, has a slope of 0 there.
+    explained = torch.autograd.grad(
+        taken.log_likelihood(drawn, left_out).sum(), leaves, retain_graph=True, materialize_grads=True
+    )
     kl = torch.autograd.grad(taken.cells_kl(drawn).sum(), leaves)
     return torch.stack([torch.cat([each.flatten() for each in part]).double().sum() for part in (explained, kl)]).cpu()
 
 
-def _event(fitted: Fitted, batch: Batch, name: str) -> torch.Size:
+def _event(fitted: Fitted, batch: Minibatch, name: str) -> torch.Size:
     """The event shape of a site of the guide."""
     with torch.no_grad():
         return poutine.trace(fitted.guide).get_trace(batch).nodes[name]["fn"].event_shape

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Data, Minibatch
 from pyro_velo.doctor import draws as taken
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import computed_sites, conditions
@@ -40,7 +40,8 @@ class Collapse:
     `activity` (d,): $\mathrm{Var}_n\,E[z_d \mid x_n]$. `kl` (d,): mean KL of q(z_d | x) to p(z_d). `information` is
     $I_q(x; z)$, at most log of the `cells` of the mixture, and `gap` $\mathrm{KL}(q(z)\,\|\,p(z))$; `mean_kl` is their
     sum. All three are by the same draws, and NaN where q(z | x) is no Normal. `use` (d,): log-likelihood lost where
-    z_d is another cell's. `use_all`: where all of z is. `names`: the sites that z is made of.
+    z_d is another cell's. `use_all`: where all of z is. `names`: the sites that z is made of. `apart`: whether each
+    dimension has a KL of its own; else, as where p(z) is a mixture, each has the same share of it.
     """
 
     activity: Array
@@ -52,6 +53,7 @@ class Collapse:
     use_all: float
     cells: int
     names: tuple[str, ...]
+    apart: bool = True
 
     @property
     def active(self) -> NDArray[np.bool_]:
@@ -65,7 +67,7 @@ class Collapse:
 
 
 @torch.no_grad()
-def collapse(fitted: Fitted, cells: Cells, *, seed: int = 0) -> Collapse:
+def collapse(fitted: Fitted, cells: Data, *, seed: int = 0) -> Collapse:
     """Measure the latent vector of a fit on `cells`; of many cells, on `MIXTURE_CELLS` of them at random.
 
     Cells change places among `SHUFFLED_CELLS`; what cells share, and the random numbers of the other sites, stay.
@@ -78,8 +80,9 @@ def collapse(fitted: Fitted, cells: Cells, *, seed: int = 0) -> Collapse:
     n_train = len(split(len(cells), settings.held_out, settings.seed)[0])
     index = taken.chosen_cells(len(cells), MIXTURE_CELLS, seed)
     with conditions(fitted, cells, seed):
-        first = cells.batch(index[:1].to(cells.molecules.device), n_train)
-        names, left_out = taken.latent_sites(taken.draw(fitted, first)), computed_sites(fitted, first)
+        first = cells.batch(index[:1].to(cells.device), n_train)
+        drawn_first = taken.draw(fitted, first)
+        names, left_out = taken.latent_sites(drawn_first), computed_sites(fitted, first)
         if not names:
             raise InputError("Expected a guide that draws a latent vector of each cell; got none. Pass another fit.")
         looks, drawn = [], []
@@ -104,6 +107,7 @@ def collapse(fitted: Fitted, cells: Cells, *, seed: int = 0) -> Collapse:
         use_all=float(lost[-1]),
         cells=len(index),
         names=names,
+        apart=all(taken.has_dimensions(drawn_first, name) for name in names),
     )
 
 
@@ -129,7 +133,7 @@ def _information(z: Tensor, found: list[taken.Latent]) -> tuple[float, float]:
     return information, kl
 
 
-def _use(fitted: Fitted, batch: Batch, names: tuple[str, ...], left_out: tuple[str, ...]) -> Tensor:
+def _use(fitted: Fitted, batch: Minibatch, names: tuple[str, ...], left_out: tuple[str, ...]) -> Tensor:
     """What each cell's log-likelihood loses where a dimension, and last where all of z, is another cell's: (d+1, B)."""
     drawn = taken.draw(fitted, batch)
     z, shared = taken.values(drawn, names), taken.shared_values(drawn)
@@ -183,7 +187,7 @@ class StateUse:
 
 
 @torch.no_grad()
-def state_use(fitted: Fitted, cells: Cells, *, seed: int = 0) -> StateUse | None:
+def state_use(fitted: Fitted, cells: Data, *, seed: int = 0) -> StateUse | None:
     """The states' use, over `DRAWS` draws of up to `MIXTURE_CELLS` cells; None for a model without kinetic states."""
     if not isinstance(fitted.program, VelocityProgram):
         return None

@@ -1,9 +1,9 @@
-"""How training went, as figures: whether the held-out ELBO still rose, how it swung, whether it fell, what moved."""
+"""How training went, as figures: whether the held-out ELBO still rose, swung or fell, and if the encoder moved."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_velo.batch import Cells
+from pyro_velo.batch import Data
 from pyro_velo.doctor import draws as taken
 from pyro_velo.evidence import conditions
 from pyro_velo.guides import AmortizedProgram
@@ -30,6 +30,9 @@ FEWEST_LOOKS = 6
 @dataclass(frozen=True)
 class Course:
     """Figures of the looks at the held-out cells at full KL weight, in nats per cell; NaN where there are too few.
+
+    What is looked at is the objective that is climbed in the end (`History.objective`): the ELBO, unless beta or free
+    bits say otherwise.
 
     `looks`: how many of them came before the learning rate was dropped, after which every curve is flat. Of these,
     `rise` is what a line through their last third gains over it, `rise_error` its standard error, and `swing` the sd
@@ -52,7 +55,7 @@ class Course:
 
 def course(training: Training, n_cells: int) -> Course:
     """Read the figures off the history of a run on `n_cells` cells."""
-    history, held_out = training.history, np.asarray(training.history.held_out, dtype=np.float64)
+    history, held_out = training.history, np.asarray(training.history.objective, dtype=np.float64)
     train, weight = (np.asarray(column, dtype=np.float64) for column in (history.train, history.kl_weight))
     last_weight = float(weight[-1]) if len(weight) else math.nan
     seen = np.flatnonzero(np.isfinite(held_out) & (weight >= last_weight))
@@ -112,38 +115,24 @@ def _fall(looks: Array, train: Array) -> tuple[float, float]:
     return float(looks[best] - looks[-last:].mean()), float(train[-last:].mean() - train[best])
 
 
-@dataclass(frozen=True)
-class Moved:
-    r"""What the optimiser remembers of gradients, of which it keeps running means m (of g) and v (of g^2).
+def encoder_moved(fitted: Fitted, cells: Data) -> float:
+    """The share of the parameters that q(z | x) hangs on which ever had a gradient, by the optimiser's memory of g^2.
 
-    `encoder`: the share of the parameters that q(z | x) hangs on whose v is above 0: the others never had a gradient. 0
-    where it hangs on none, NaN where cells have a q(z) of their own (`refinement`). `noise_ratio`:
-    $\sqrt{\overline{m^2 / v}}$ over all parameters, both freed of their start at 0: 1 where gradients agree from step
-    to step, and $\sqrt{(1 - b) / (1 + b)} = 0.23$ where they are noise alone, for the memory b = 0.9 of m.
-
-    Reference: Kingma & Ba 2015, section 2 and 3.
+    0 where it hangs on none, NaN where cells have a q(z) of their own (`refinement`).
     """
-
-    encoder: float
-    noise_ratio: float
-
-
-def moved(fitted: Fitted, cells: Cells) -> Moved:
-    """Which parameters of a fit had gradients, and how noisy these were at its end."""
-    kept = {name: _memory(state) for name, state in fitted.training.optimizer.items()}
-    noise = _noise_ratio(kept)
     if isinstance(fitted.guide, AmortizedProgram) and fitted.guide.own is not None:
-        return Moved(math.nan, noise)
-    device = cells.molecules.device
+        return math.nan
     with conditions(fitted, cells, 0), torch.enable_grad():
-        drawn = taken.draw(fitted, cells.batch(torch.arange(min(2, len(cells)), device=device)))
+        drawn = taken.draw(fitted, cells.batch(torch.arange(min(2, len(cells)), device=cells.device)))
         names = taken.latent_sites(drawn)
         store = pyro.get_param_store()
         named = {name: store[name].unconstrained() for name in store}
         q = [x for name in names for x in taken.moments(taken.bare(drawn.guide.nodes[name]["fn"]))]
         used = _used(q, list(named.values()))
     encoder = [name for name, hangs in zip(named, used, strict=True) if hangs]
-    return Moved(_with_gradient(encoder, named, kept), noise)
+    optimizer = fitted.training.optimizer
+    with_gradient = sum(_with_gradient(optimizer[name]) for name in encoder if name in optimizer)
+    return with_gradient / sum(named[name].numel() for name in encoder) if encoder else 0.0
 
 
 def _used(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[bool]:
@@ -155,27 +144,7 @@ def _used(outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[bool]
     return [each is not None for each in gradients]
 
 
-def _memory(state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """The means of g and of g^2 of a parameter, freed of their start at 0; None for one that was never moved."""
+def _with_gradient(state: dict[str, Any]) -> int:
+    """How many elements of a parameter ever had one."""
     slots = state["state"].get(0, {})
-    if not slots.get("step"):
-        return None
-    grown = [1 - beta ** int(slots["step"]) for beta in state["param_groups"][0]["betas"]]
-    return slots["exp_avg"].double() / grown[0], slots["exp_avg_sq"].double() / grown[1]
-
-
-Memories = Mapping[str, tuple[Tensor, Tensor] | None]
-
-
-def _with_gradient(names: Sequence[str], named: Mapping[str, Tensor], kept: Memories) -> float:
-    """The share of the parameters' elements that ever had one."""
-    moved = sum(int((memory[1] > 0).sum()) for name in names if (memory := kept.get(name)) is not None)
-    total = sum(named[name].numel() for name in names)
-    return moved / total if total else 0.0
-
-
-def _noise_ratio(kept: Memories) -> float:
-    """Each element of a parameter counts alike, whatever the size of its gradients."""
-    ratios = [(m**2 / v)[v > 0] for m, v in filter(None, kept.values())]
-    every = torch.cat([each.flatten() for each in ratios]) if ratios else torch.zeros(0)
-    return math.sqrt(every.mean().item()) if len(every) else math.nan
+    return int((slots["exp_avg_sq"] > 0).sum()) if slots.get("step") else 0

@@ -6,7 +6,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Data, Minibatch
 from pyro_velo.doctor.terms import Terms, combined, terms_of
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import conditions
@@ -14,7 +14,7 @@ from pyro_velo.train import Fitted, per_cell, split
 
 
 @torch.no_grad()
-def decompose(fitted: Fitted, cells: Cells, *, index: Tensor | None = None, draws: int = 1, seed: int = 0) -> Terms:
+def decompose(fitted: Fitted, cells: Data, *, index: Tensor | None = None, draws: int = 1, seed: int = 0) -> Terms:
     """The summands of the ELBO per cell of a fit on `cells`, in nats, at KL weight 1.
 
     Of the held-out cells (all, where none are held out), or those at `index` (n,), in that order; each draw takes the
@@ -32,13 +32,13 @@ def decompose(fitted: Fitted, cells: Cells, *, index: Tensor | None = None, draw
     n_train, found = len(train_index), []
     with conditions(fitted, cells, seed):
         for _ in range(draws):
-            batches = list(cells.batches(index.to(cells.molecules.device), settings.batch_size, n_train))
+            batches = list(cells.batches(index.to(cells.device), settings.batch_size, n_train))
             parts = [draw_terms(fitted, batch) for batch in batches]
             found.append(combined(parts, [len(batch.index) / len(index) for batch in batches], apart=True))
     return combined(found, [1 / draws] * draws, apart=False)
 
 
-def draw_terms(fitted: Fitted, batch: Batch) -> Terms:
+def draw_terms(fitted: Fitted, batch: Minibatch) -> Terms:
     """The summands at one draw for one batch, through which gradients flow; to be called in `fitted.parameters()`.
 
     Penalties cost what they do at weight 1, unless a handler is in force.

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Data, Minibatch
 from pyro_velo.train import Fitted
 
 Site = dict[str, Any]
@@ -45,7 +46,7 @@ class Draw(NamedTuple):
     program: poutine.Trace
 
 
-def draw(fitted: Fitted, batch: Batch, given: Mapping[str, Tensor] | None = None) -> Draw:
+def draw(fitted: Fitted, batch: Minibatch, given: Mapping[str, Tensor] | None = None) -> Draw:
     """Every site of a batch, but those of `given` as they are."""
     with Given(given or {}):
         guide = poutine.trace(fitted.guide).get_trace(batch)
@@ -74,11 +75,17 @@ def shared_values(drawn: Draw) -> dict[str, Tensor]:
 
 
 def latent_sites(drawn: Draw) -> tuple[str, ...]:
-    """The continuous sites that a cell has of its own, not by gene: its latent vector, or several of them."""
+    """The continuous sites that a cell has of its own, not by gene: its latent vector, or several of them.
+
+    What a network merely says of a cell, at a masked site such as `y` of `encoders.Encoder`, is none.
+    """
     return tuple(
         name
         for name, site in sites(drawn.program)
-        if not site["is_observed"] and plates(site) == {"cells"} and site["value"].is_floating_point()
+        if not site["is_observed"]
+        and plates(site) == {"cells"}
+        and site["value"].is_floating_point()
+        and not isinstance(site["fn"], MaskedDistribution)
     )
 
 
@@ -102,7 +109,7 @@ class Latent(NamedTuple):
     """q(z | x) and p(z) of each cell by dimension, from one draw, (rows, d) each.
 
     `loc` and `scale` of q, which are NaN where it is no Normal; `log_q` and `log_p` at the draw; `kl` in closed form
-    where there is one, else log_q - log_p.
+    where there is one, else log_q - log_p, of which each dimension has the same share.
     """
 
     loc: Tensor
@@ -126,10 +133,16 @@ def _latent(drawn: Draw, name: str) -> Latent:
     try:
         kl = _spread(torch.distributions.kl_divergence(q, p), value)
     except NotImplementedError:
-        kl = log_q - log_p
+        # Where p is a mixture, dimensions have no KL of their own.
+        kl = _spread((log_q - log_p).sum(-1), value)
     normal = isinstance(q, dist.Normal)
     loc, scale = (x.expand_as(value) if normal else torch.full_like(value, math.nan) for x in moments(q))
     return Latent(*(_rows(each, dim).double() for each in (loc, scale, log_q, log_p, kl)))
+
+
+def has_dimensions(drawn: Draw, name: str) -> bool:
+    """Whether the KL of a latent site is a sum over its dimensions: where both of its distributions are."""
+    return all(bare(trace.nodes[name]["fn"]).event_shape.numel() == 1 for trace in drawn)
 
 
 def bare(fn: Any) -> Any:
@@ -195,10 +208,10 @@ def chosen_cells(n_cells: int, count: int, seed: int) -> Tensor:
     return torch.randperm(n_cells, generator=torch.Generator().manual_seed(seed))[:count]
 
 
-def parts(cells: Cells, index: Tensor, n_train: int) -> Iterator[Batch]:
+def parts(cells: Data, index: Tensor, n_train: int) -> Iterator[Any]:
     """The cells at `index` in batches of like size that fit into memory."""
     size = max(2, CELLS_GENES_AT_ONCE // cells.n_genes)
-    for part in index.to(cells.molecules.device).tensor_split(math.ceil(len(index) / size)):
+    for part in index.to(cells.device).tensor_split(math.ceil(len(index) / size)):
         yield cells.batch(part, n_train)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 NAN, DOMINATING, RATE, FROZEN = "nan", "dominating-genes", "learning-rate-too-high", "frozen-encoder"
@@ -34,14 +34,16 @@ class NotFinite(NamedTuple):
 class Measured:
     """The figures that the rules look at; what was not measured is NaN or None.
 
-    `numbers`: measured numbers a cell (two a gene), over which nats a cell are shared out. `looks` to `kl_weight`,
-    `ended`: see `course.Course`. `encoder_moved`, `noise_ratio`: see `course.Moved`. `told_weight`, `told_error`: the
-    KL weight of `balance`. `active` of `dimensions`: see `collapse.Collapse`. `dead_states`: the mean of
-    `StateUse.dead`. `without_mean`: the share of cells with a k-hat above 1, and `iw_gap` the mean gap in nats.
-    `prior_site` is the one whose median gene is the furthest from its prior, by `prior_distance` prior sds;
-    `far_site` the one with the largest share, `far_share`, of genes beyond three, among those whose median is not;
+    `numbers`: measured numbers a cell (two a gene, one of a profile's), over which nats a cell are shared out. `looks`
+    to `kl_weight`, `ended`: see `course.Course`. `encoder_moved`: see `course.encoder_moved`. `noise_ratio`: see
+    `noise`. `told_weight`, `told_error`: the KL weight of `balance`. `active` of `dimensions`: see `collapse.Collapse`.
+    `dead_states`: the mean of `StateUse.dead`. `without_mean`: the share of cells with a k-hat above 1, and `iw_gap`
+    the mean gap in nats. `prior_site` is the one whose median gene is the furthest from its prior, by `prior_distance`
+    prior sds; `far_site` the one with the largest share, `far_share`, of genes beyond three, among those whose median
+    is not;
     `at_bound`: the share of switching times. `least_noise` in units of the range of `noise_gene`. `loss_share` and
-    `input_share` are those of `loss_gene` and `input_gene`, the largest of `genes` genes.
+    `input_share` are those of `loss_gene` and `input_gene`, the largest of `genes` genes. `kinetic` is whether the fit
+    is of velocities, and not of profiles.
     """
 
     numbers: int = 1
@@ -74,6 +76,7 @@ class Measured:
     input_share: float = math.nan
     input_gene: str = ""
     genes: int = 0
+    kinetic: bool = True
     not_finite: NotFinite | None = None
 
 
@@ -93,7 +96,8 @@ THRESHOLDS: dict[str, Threshold] = {
     RATE: Threshold(0.1, "nats a measured number: between looks the density of each changes by a tenth"),
     FROZEN: Threshold(0.5, "half of the encoder's parameters never had a gradient; all have one in an encoder at work"),
     SHORT: Threshold(0.02, "nats a number, 2 % of its density, in the last third of looks at the full learning rate"),
-    NOISY: Threshold(0.25, "sqrt((1 - b) / (1 + b)) = 0.23 for noise alone, b = 0.9 (Adam's memory), and a tenth more"),
+    NOISY: Threshold(0.25, "Adam's step at parameters that stay: sqrt((1 - b) / (1 + b)) = 0.23 for noise alone, "
+                           "b = 0.9 its memory (Kingma & Ba 2015), and a tenth more"),
     STRONG: Threshold(2.0, "the KL weighs 1 in the ELBO; twice that is a beta-VAE (Higgins et al. 2017)"),
     WEAK: Threshold(0.5, "the KL weighs 1 in the ELBO; at half of it the KL is not in yet"),
     COLLAPSED: Threshold(0.5, "more dimensions idle than at work (active: Burda et al. 2016), and more than 10 idle, "
@@ -123,6 +127,15 @@ REMEDIES: dict[str, str] = {
     BOUND: "Look at those genes' phase portraits: too little of the cycle is seen to place the switch or the rate.",
     FLOOR: "Look at that gene's layers: it is constant, or copied from cell to cell.",
 }
+
+
+OF_PROFILES: dict[str, str] = {
+    RATE: "Lower the learning rate tenfold: TrainSettings(learning_rate=3e-3) is the default of autoencoders.",
+    NOISY: "Use a larger batch or a lower learning rate, and train longer.",
+    NARROW: "Widen the guide: a larger encoder (Encoder(hidden=...)); do not read its intervals as such.",
+    SHORT: "Train longer: --max-epochs, or TrainSettings(max_steps=...).",
+}
+"""Remedies that are others for an autoencoder than for a velocity model."""
 
 
 @dataclass(frozen=True)
@@ -357,11 +370,13 @@ class Verdict(NamedTuple):
 def verdict(measured: Measured) -> Verdict:
     """Judge the figures by every rule."""
     found = {code: finding for code, rule in RULES.items() if (finding := rule(measured)) is not None}
+    if not measured.kinetic:
+        found = {code: replace(each, remedy=OF_PROFILES.get(code, each.remedy)) for code, each in found.items()}
     findings, consequences = [], []
     for code, finding in found.items():
         causes = tuple(cause for cause in found if code in EXPLAINS.get(cause, ()))
         if causes:
-            consequences.append(Finding(**{**vars(finding), "follows_from": causes}))
+            consequences.append(replace(finding, follows_from=causes))
         else:
             findings.append(finding)
     return Verdict(tuple(findings), tuple(consequences))

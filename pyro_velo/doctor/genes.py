@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_velo.batch import Cells
+from pyro_velo.batch import Data
 from pyro_velo.doctor import draws as taken
 from pyro_velo.evidence import computed_sites, conditions
 from pyro_velo.kinetics import T_MAX
-from pyro_velo.posterior import draw_rates
+from pyro_velo.models.decoding import Decoding
+from pyro_velo.profiles import Profiles
 from pyro_velo.train import Fitted
 
 Array = NDArray[np.float64]
@@ -59,7 +61,7 @@ class Genes:
     that its noise follows. `input_share` (G,): of the mean square of what an encoder sees, and so of the
     squared gradient of its first layer, which is that times the gradient of the layer's outputs. `sites`: those with a
     proper prior. `at_bound`: the share of switching times within 0.2 of 0 or of 20. `noise` (G,): the smaller sd of a
-    gene's molecules, in units of its range; empty where the likelihood has none.
+    gene's molecules, in units of its range, of a profile's gene in its sds; empty where the likelihood has none.
     """
 
     loss_share: Array
@@ -70,28 +72,37 @@ class Genes:
 
 
 @torch.no_grad()
-def genes(fitted: Fitted, cells: Cells, *, seed: int = 0) -> Genes:
+def genes(fitted: Fitted, cells: Data, *, seed: int = 0) -> Genes:
     """Measure the genes of a fit on up to `CELLS` of its `cells`, over `DRAWS` draws of what cells share."""
     index = taken.chosen_cells(len(cells), CELLS, seed)
     with conditions(fitted, cells, seed):
-        first = cells.batch(index[:1].to(cells.molecules.device))
+        first = cells.batch(index[:1].to(cells.device))
         left_out = computed_sites(fitted, first)
         looks = [
             taken.log_likelihood(taken.draw(fitted, batch), left_out) for batch in taken.parts(cells, index, len(cells))
         ]
-        drawn = draw_rates(fitted, cells, DRAWS)
-        priors = taken.draw(fitted, first).program.nodes
-        values = {
-            name: torch.stack([each[name] for each in drawn]) for name in taken.shared_values(taken.draw(fitted, first))
-        }
-        sites = [found for name, x in values.items() if (found := _site(name, x, priors[name]["fn"])) is not None]
+        priors = taken.draw(fitted, first).program
+        names = [name for name in taken.shared_values(taken.Draw(priors, priors)) if _of_genes(priors.nodes[name])]
+        drawn = [poutine.trace(fitted.guide).get_trace(first).nodes for _ in range(DRAWS)] if names else []
+        values = {name: torch.stack([each[name]["value"] for each in drawn]) for name in names}
+        sites = [found for name, x in values.items() if (found := _site(name, x, priors.nodes[name]["fn"])) is not None]
     explained = torch.cat(looks)
     # Not the variance, which a few outlying cells of one gene would make up.
     spread = (explained - explained.mean(0)).abs().mean(0)
-    seen = cells.batch(index.to(cells.molecules.device)).seen[:, : 2 * cells.n_genes].double()
-    squares = seen.square().mean(0).unflatten(0, (2, -1)).sum(0)
+    batch = cells.batch(index.to(cells.device))
+    seen = batch.seen[:, : numbers(cells) * cells.n_genes].double()
+    squares = seen.square().mean(0).unflatten(0, (numbers(cells), -1)).sum(0)
     loss_share, input_share = ((each / each.sum()).cpu().numpy() for each in (spread, squares))
-    return Genes(loss_share, input_share, tuple(sites), _at_bound(values), _noise(values))
+    return Genes(loss_share, input_share, tuple(sites), _at_bound(values), _noise(values, fitted.program))
+
+
+def _of_genes(site: taken.Site) -> bool:
+    return "genes" in taken.plates(site)
+
+
+def numbers(cells: Data) -> int:
+    """How many numbers are measured of a cell and gene: two molecules, or a profile."""
+    return 1 if isinstance(cells, Profiles) else 2
 
 
 def _site(name: str, posterior: Tensor, prior: Any) -> Site | None:
@@ -120,6 +131,9 @@ def _at_bound(values: dict[str, Tensor]) -> float:
     return float(((share < AT_BOUND) | (share > 1 - AT_BOUND)).float().mean())
 
 
-def _noise(values: dict[str, Tensor]) -> Array:
+def _noise(values: dict[str, Tensor], program: Any) -> Array:
     noise = [x.mean(0) for name, x in values.items() if name.startswith("noise_")]
+    decoding = getattr(program, "decoding", None)
+    if isinstance(decoding, Decoding) and (in_sds := decoding.emission.noise) is not None:
+        noise = [in_sds]
     return torch.stack(noise).amin(0).double().cpu().numpy() if noise else np.zeros(0)

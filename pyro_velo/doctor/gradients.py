@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pyro import poutine
 from torch import Tensor
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Data, Minibatch
 from pyro_velo.doctor.decomposition import draw_terms
 from pyro_velo.doctor.terms import columns, group_of, sites_of, together
 from pyro_velo.errors import InputError
@@ -80,7 +80,7 @@ class GradientFlow:
 
 
 def gradient_flow(
-    fitted: Fitted, cells: Cells, *, draws: int = 20, batch_size: int | None = None, seed: int = 0
+    fitted: Fitted, cells: Data, *, draws: int = 20, batch_size: int | None = None, seed: int = 0
 ) -> GradientFlow:
     """The matrix of gradients of a fit on `cells`, where its parameters stand now.
 
@@ -98,7 +98,7 @@ def gradient_flow(
     tally = _Tally()
     with conditions(fitted, cells, seed), torch.enable_grad():
         for _ in range(draws):
-            index = train_index[torch.randperm(len(train_index))[:size]].to(cells.molecules.device)
+            index = train_index[torch.randperm(len(train_index))[:size]].to(cells.device)
             batch = cells.batch(index, len(train_index))
             if not tally.groups:
                 tally.groups = parameter_groups(fitted, batch)
@@ -106,7 +106,7 @@ def gradient_flow(
     return tally.flow(draws)
 
 
-def term_gradients(fitted: Fitted, batch: Batch) -> dict[str, dict[str, Tensor]]:
+def term_gradients(fitted: Fitted, batch: Minibatch) -> dict[str, dict[str, Tensor]]:
     """Of one draw, by term and parameter: what it adds to the gradient of the loss per cell, where that is a number.
 
     To be called in `fitted.parameters()`, with gradients on.
@@ -127,7 +127,7 @@ def term_gradients(fitted: Fitted, batch: Batch) -> dict[str, dict[str, Tensor]]
     return found
 
 
-def parameter_groups(fitted: Fitted, batch: Batch) -> Groups:
+def parameter_groups(fitted: Fitted, batch: Minibatch) -> Groups:
     """What the parameters of a fit are about, in the order of the program; to be called in `fitted.parameters()`.
 
     Networks go by the module they were registered as; of the velocity model's these are `encoder`, `pi_head`, and

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import ClippedAdam
 
-from pyro_velo.batch import Cells
+from pyro_velo.batch import Data
 from pyro_velo.errors import InputError
 from pyro_velo.models.base import Model
 from pyro_velo.schedule import Warmup
@@ -50,7 +50,7 @@ class RangeTest:
 def range_test(
     model: Model,
     guide: Guide,
-    cells: Cells,
+    cells: Data,
     *,
     settings: TrainSettings | None = None,
     lowest: float = 1e-5,
@@ -82,7 +82,7 @@ def range_test(
     return RangeTest(rates[: len(losses)], losses, smoothed, float(rates[reached]) / BELOW, diverged)
 
 
-def _climb(model: Model, guide: Guide, cells: Cells, settings: TrainSettings, rates: Array) -> list[float]:
+def _climb(model: Model, guide: Guide, cells: Data, settings: TrainSettings, rates: Array) -> list[float]:
     """The loss per cell at each rate, until it is not finite."""
     train_index, _ = split(len(cells), settings.held_out, settings.seed)
     n_train, losses = len(train_index), list[float]()
@@ -95,7 +95,7 @@ def _climb(model: Model, guide: Guide, cells: Cells, settings: TrainSettings, ra
         for rate in rates:
             for each in optimizer.optim_objs.values():
                 each.param_groups[0]["lr"] = float(rate)
-            index = train_index[torch.randperm(n_train)[: settings.batch_size]].to(cells.molecules.device)
+            index = train_index[torch.randperm(n_train)[: settings.batch_size]].to(cells.device)
             with full.at(0):
                 loss = float(svi.step(cells.batch(index, n_train)))
             if not math.isfinite(loss):

@@ -7,7 +7,7 @@ $$\mathrm{ELBO} = \sum_x \log p(x \mid \cdot) - \sum_z \log\frac{q(z \mid \cdot)
 | `unspliced`, `spliced` | log p(u) and log p(s given u) of a joint mixture; another observed site goes by its name |
 | `kl_z`, `kl_pi`, `kl_alpha`, ... | of each latent site by the ELBO's own draw; of a site marked `kl` in closed form |
 | `kl_correlation` | what correlated rates cost beside their marginals: log q(x) - sum of log q(x_k) on average |
-| `switch_penalty`, `order_penalty` | what a penalty costs at weight 1; no part of the ELBO |
+| `switch_penalty`, `order_penalty`, `label_penalty` | what a penalty costs at weight 1; no part of the ELBO |
 
 Sites, plates and what an autoguide draws together are found in the traces, so any program with the plates `cells` and
 `genes`, or one of them, is taken apart.
@@ -15,17 +15,18 @@ Sites, plates and what an autoguide draws together are found in the traces, so a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import MultivariateNormal, biject_to
+from torch.distributions import MultivariateNormal, biject_to, kl_divergence
 
 from pyro_velo.mixture import JointMixture
 from pyro_velo.rates import Correlate
@@ -35,6 +36,7 @@ Site = dict[str, Any]
 Kind = Literal["reconstruction", "kl", "penalty"]
 
 CELLS, GENES, DIMENSIONS = "cells", "genes", "dimensions"
+PENALTY = "_penalty"
 MOLECULES = ("unspliced", "spliced")
 CORRELATION, TOGETHER = "correlation", "genes"
 """The terms of latent sites that are drawn together, where their marginals are known and where they are not."""
@@ -121,11 +123,12 @@ class Terms(NamedTuple):
         return Terms(tuple(_merged(name, found) for name, found in groups.items()))
 
 
-def terms_of(guide: Trace, program: Trace) -> Terms:
+def terms_of(guide: Trace, program: Trace, *, closed: bool = False) -> Terms:
     """The summands at the draw of these traces, of which the program's is replayed against the guide's.
 
     Both must have been scaled per cell (`train.per_cell`); handlers that were in force count, but for masks on
-    penalties. Gradients flow through the parts where they were traced.
+    penalties. Gradients flow through the parts where they were traced. `closed` takes the KL of a site in closed form
+    where there is one: the summands of `TraceMeanField_ELBO`, unless the guide `draws_together`.
     """
     latent = {name: site for name, site in sites_of(program) if not site["is_observed"]}
     drawn = _drawn(guide, latent)
@@ -133,7 +136,7 @@ def terms_of(guide: Trace, program: Trace) -> Terms:
     for name, site in sites_of(program):
         if "penalty" in site["infer"]:
             cost = -site["fn"].log_prob(site["value"]) * site["scale"]
-            found.append(_term(name, "penalty", (name,), site, cost))
+            found.append(_term(f"{name.removesuffix(PENALTY)}{PENALTY}", "penalty", (name,), site, cost))
         elif site["infer"].get("kl"):
             found.append(
                 _term(f"kl_{name.removesuffix('_kl')}", "kl", (name.removesuffix("_kl"),), site, -_density(site))
@@ -141,7 +144,8 @@ def terms_of(guide: Trace, program: Trace) -> Terms:
         elif site["is_observed"]:
             found.extend(_reconstruction(name, site))
         else:
-            found.append(_kl(name, site, guide.nodes.get(name), drawn.shares.get(name)))
+            known = _closed(name, site, guide.nodes.get(name)) if closed else None
+            found.append(known or _kl(name, site, guide.nodes.get(name), drawn.shares.get(name)))
     rest = (
         _term(f"kl_{_called(part.sites, part.name)}", "kl", part.sites, part.site, part.density) for part in drawn.left
     )
@@ -245,6 +249,22 @@ def _kl(name: str, prior: Site, guide: Site | None, share: Tensor | None) -> Ter
     return Term(f"kl_{name}", "kl", (name,), q - p, axes)
 
 
+def _closed(name: str, prior: Site, guide: Site | None) -> Term | None:
+    """KL(q || p) of a latent site in closed form; None where there is none."""
+    if guide is None:
+        return None
+    expected = normal_kl(guide["fn"], prior["fn"])
+    if expected is not None and {f.name for f in prior["cond_indep_stack"]} == {CELLS} and guide["mask"] is None:
+        parts = (expected * guide["scale"]).reshape(-1, expected.shape[-1])
+        return Term(f"kl_{name}", "kl", (name,), parts, (CELLS, DIMENSIONS), parts.sum(0))
+    try:
+        cost = scale_and_mask(kl_divergence(guide["fn"], prior["fn"]), guide["scale"], guide["mask"])
+    except NotImplementedError:
+        return None
+    # Of masked sites Pyro gives a plain 0.
+    return _term(f"kl_{name}", "kl", (name,), prior, torch.as_tensor(cost))
+
+
 def _kl_of_normals(name: str, prior: Site, guide: Site, expected: Tensor) -> Term:
     """By cell and dimension, where both are independent Normals over d dimensions."""
     q, p = (site["fn"].base_dist.log_prob(site["value"]) * site["scale"] for site in (guide, prior))
@@ -270,6 +290,13 @@ class _Drawn(NamedTuple):
 
     shares: dict[str, Tensor]
     left: list[_Left]
+
+
+def draws_together(guide: Callable[..., Any], program: Callable[..., Any], batch: Any) -> bool:
+    """Whether a guide draws variables of its own, from which it computes the program's latent sites."""
+    drawn = poutine.trace(guide).get_trace(batch)
+    names = {name for name, _ in sites_of(poutine.trace(poutine.replay(program, trace=drawn)).get_trace(batch))}
+    return any(name not in names for name, _ in sites_of(drawn))
 
 
 def together(guide: Trace, latent: Any) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyro_velo.batch import Cells
+from pyro_velo.batch import Data
 from pyro_velo.criticism import UNRELIABLE, pareto_smoothed
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import CELLS_GENES_AT_ONCE, computed_sites, conditions, held_out, log_weights, steps_of
@@ -64,7 +64,7 @@ class Tightness:
 @torch.no_grad()
 def tightness(
     fitted: Fitted,
-    cells: Cells,
+    cells: Data,
     *,
     particles: tuple[int, ...] = PARTICLES,
     draws: int = DRAWS,
@@ -81,7 +81,7 @@ def tightness(
         raise InputError(f"Expected particles such as 1, 5, 50, each dividing the next; got {particles}.")
     train_index, index = held_out(fitted, len(cells))
     index, most = index[:max_cells], particles[-1]
-    device, n_train, steps = cells.molecules.device, len(train_index), steps_of(fitted, len(cells))
+    device, n_train, steps = cells.device, len(train_index), steps_of(fitted, len(cells))
     size = max(1, CELLS_GENES_AT_ONCE // (most * cells.n_genes))
     found = []
     with conditions(fitted, cells, seed):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from pyro_velo.criticism import UNRELIABLE
@@ -37,7 +38,7 @@ def kl_by_dimension(kl: ArrayLike, active: ArrayLike, *, ax: Axes | None = None)
         ax.set_xlabel("latent dimensions, largest KL first")
     n = int(active.sum())
     keys = [Patch(color=STRONG, label=f"active ({n})"), Patch(color=PALE, label=f"idle ({len(kl) - n})")]
-    ax.legend(handles=keys, frameon=False, fontsize=9, loc="upper right")
+    ax.legend(handles=keys, frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     open_frame(ax)
     return ax
 
@@ -78,6 +79,9 @@ def k_hat_histogram(k_hat: ArrayLike, *, ax: Axes | None = None) -> Axes:
     middle = (bins[1:] + bins[:-1]) / 2
     colors = np.select([middle > 1, middle > UNRELIABLE], [OUTSTANDING, DOUBTFUL], STRONG)
     ax.bar(middle, counts, width=0.09, color=colors)
+    # Room for two lines of words above the highest bar.
+    ax.set_ylim(0, 1.25 * counts.max())
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     for level, meaning in ((UNRELIABLE, "not to be\ntrusted"), (1.0, "no mean")):
         ax.axvline(level, color=INK, lw=0.9, ls=":")
         ax.annotate(meaning, (level, 1.0), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points",

@@ -51,9 +51,10 @@ def elbo_term(history: Mapping[str, Any], name: str, *, ax: Axes | None = None) 
 def elbo_terms(history: Mapping[str, Any]) -> Figure:
     """One picture of all summands, as `elbo_term` draws each, reconstruction first; what is taken off is a KL."""
     names = sorted(_known(history), key=lambda name: (name.endswith("_penalty"), name.startswith("kl_")))
-    rows = -(-len(names) // COLUMNS)
-    figure = Figure(figsize=(2.6 * COLUMNS, 2.1 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.1 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for name, ax in zip(names, axes, strict=False):
         elbo_term(history, name, ax=ax)
     for ax in axes[len(names) :]:

@@ -29,7 +29,7 @@ def elbo_history(adata: Annotated) -> Mapping[str, Any]:
 
 
 def best_epoch(history: Mapping[str, Any]) -> tuple[float, float] | None:
-    """(epoch, ELBO per cell) where the held-out ELBO is highest; None if it was never evaluated.
+    """(epoch, held-out ELBO per cell) of the best look, by `objective` where that is kept; None if there was none.
 
     >>> best_epoch({"epoch": [1, 2, 3], "held_out": [-9.0, -4.0, -5.0]})
     (2.0, -4.0)
@@ -37,7 +37,8 @@ def best_epoch(history: Mapping[str, Any]) -> tuple[float, float] | None:
     epoch, held_out = _series(history, "epoch"), _series(history, "held_out")
     if np.isnan(held_out).all():
         return None
-    best = int(np.nanargmax(held_out))
+    compared = _series(history, "objective") if len(history.get("objective", ())) else held_out
+    best = int(np.nanargmax(compared))
     return float(epoch[best]), float(held_out[best])
 
 
