@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pyro_velo.auditing import audit as audit
     from pyro_velo.audits import Audit as Audit
     from pyro_velo.autoencoding import ProfileFit as ProfileFit
+    from pyro_velo.autoencoding import load_vae as load_vae
     from pyro_velo.autoencoding import vae as vae
     from pyro_velo.calibrating import CalibrationSettings as CalibrationSettings
     from pyro_velo.calibrating import calibrate as calibrate
@@ -117,6 +118,7 @@ _NAMES = {
     "fit": "fitting",
     "load": "fitting",
     "ProfileFit": "autoencoding",
+    "load_vae": "autoencoding",
     "vae": "autoencoding",
     "VAE": "models.vae",
     "GMVAE": "models.gmvae",

@@ -59,6 +59,8 @@ Draws = Annotated[int, typer.Option(min=2, help="Posterior draws.")]
 MaxEpochs = Annotated[int | None, typer.Option(min=1, help="Default: that of TrainSettings.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells a step. Default: that of TrainSettings.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Default: one a core.")]
+Save = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep checkpoints and the fit here.")]
+Resume = Annotated[Path | None, typer.Option(metavar="DIR", exists=True, help="Go on from a checkpoint.")]
 Likelihood = Annotated[LikelihoodName, typer.Option(help="Of scaled layers, or of raw counts.")]
 States = Annotated[StatesName, typer.Option(help="The posterior of the four states.")]
 Rates = Annotated[RatesName, typer.Option(help="The posterior of a gene's rates.")]
@@ -136,8 +138,8 @@ def fit(
     seed: Seed = FitOptions.seed,
     threads: Threads = None,
     device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = FitOptions.device,
-    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep checkpoints and the fit here.")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="DIR", exists=True, help="Go on from a checkpoint.")] = None,
+    save: Save = None,
+    resume: Resume = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report as well.")] = None,
     nuclei: Annotated[
         bool, typer.Option("--nuclei", help="Single nuclei: more unspliced than spliced is fine.")
@@ -390,6 +392,9 @@ def vae(
     clusters: Annotated[
         int | None, typer.Option(min=1, metavar="K", help="Default: 1 to 10, as held-out cells have it.")
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Fit K clusters (default: 10) and merge those that are too many.")
+    ] = False,
     sizes: Annotated[SizesName, typer.Option(help="What is known of the clusters' sizes.")] = VAEOptions.sizes,
     latent: Annotated[int, typer.Option(min=1, metavar="D", help="Latent dimensions.")] = VAEOptions.latent,
     condition_key: Annotated[str | None, typer.Option(metavar="C", help="obs: what the networks are told.")] = None,
@@ -400,6 +405,8 @@ def vae(
     batch_size: BatchSize = None,
     seed: Seed = VAEOptions.seed,
     threads: Threads = None,
+    save: Save = None,
+    resume: Resume = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report as well.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -410,6 +417,7 @@ def vae(
         layer=layer,
         depth=depth,
         clusters=clusters,
+        prune=prune,
         sizes=sizes,
         latent=latent,
         condition_key=condition_key,
@@ -420,6 +428,8 @@ def vae(
         batch_size=batch_size,
         seed=seed,
         threads=threads,
+        save=save,
+        resume=resume,
         report=report,
         overwrite=overwrite,
     )

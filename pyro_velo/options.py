@@ -73,8 +73,9 @@ class VAEOptions:
     """The options of `pyro-velo vae`; `None` leaves the choice to `clustering.TRAINING`, the file or the machine.
 
     `layer` is by default `X`; `depth` counts the cells' library sizes as known; `clusters` is how many, by default
-    chosen among `candidates`; `condition_key`, `covariates` and `label_key` are columns of obs; `denoised` writes a
-    layer; `report` is an HTML file.
+    chosen among `candidates`; `prune` merges those of them that are too many; `condition_key`, `covariates` and
+    `label_key` are columns of obs; `denoised` writes a layer; `save` and `resume` are folders of checkpoints; `report`
+    is an HTML file.
     """
 
     model: VAEModelName = "gmvae"
@@ -83,6 +84,7 @@ class VAEOptions:
     depth: bool = True
     clusters: int | None = None
     candidates: tuple[int, ...] = tuple(range(1, 11))
+    prune: bool = False
     sizes: SizesName = "learned"
     latent: int = 10
     condition_key: str | None = None
@@ -93,6 +95,8 @@ class VAEOptions:
     batch_size: int | None = None
     seed: int = 0
     threads: int | None = None
+    save: Path | None = None
+    resume: Path | None = None
     report: Path | None = None
     overwrite: bool = False
 
