@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pyro_velo.data import to_anndata as to_anndata
     from pyro_velo.data.bridge import velocity_data as velocity_data
     from pyro_velo.data.digits import digits as digits
+    from pyro_velo.data.downloads import mouse_brain as mouse_brain
     from pyro_velo.data.profile_data import profile_data as profile_data
     from pyro_velo.diagnosing import diagnose as diagnose
     from pyro_velo.diagnosis import Diagnosis as Diagnosis
@@ -68,6 +69,10 @@ if TYPE_CHECKING:
     from pyro_velo.priors import Centered as Centered
     from pyro_velo.priors import Priors as Priors
     from pyro_velo.reporting import report as report
+    from pyro_velo.sweeping import Sweep as Sweep
+    from pyro_velo.sweeping import SweepGrid as SweepGrid
+    from pyro_velo.sweeping import SweepSettings as SweepSettings
+    from pyro_velo.sweeping import sweep as sweep
     from pyro_velo.train import TrainSettings as TrainSettings
 
 _MODULES = {"pl": "plots", "pp": "preprocess"} | {
@@ -112,6 +117,7 @@ _NAMES = {
     "diagnose": "diagnosing",
     "Diagnosis": "diagnosis",
     "digits": "data.digits",
+    "mouse_brain": "data.downloads",
     "profile_data": "data.profile_data",
     "InputError": "errors",
     "Fit": "fitting",
@@ -129,6 +135,10 @@ _NAMES = {
     "Priors": "priors",
     "draw_from_prior": "prior_draws",
     "report": "reporting",
+    "Sweep": "sweeping",
+    "SweepGrid": "sweeping",
+    "SweepSettings": "sweeping",
+    "sweep": "sweeping",
     "TrainSettings": "train",
 }
 

@@ -101,6 +101,38 @@ class VAEOptions:
     overwrite: bool = False
 
 
+DataSetName = Literal["mouse-brain-20k", "mouse-brain"]
+"""What can be downloaded: `data.downloads.DATA_SETS`."""
+SamplerName = Literal["grid", "tpe"]
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The options of `pyro-velo sweep`; `None` leaves the choice to `clustering.TRAINING`, the file or the machine.
+
+    `hidden` are the decoder's layers from the latent space outwards, for each choice; `trials` is by default the whole
+    grid; `prune` gives trials up early; `study` is a sqlite file in which trials are kept; `picture` is a file.
+    """
+
+    likelihoods: tuple[str, ...] = ("poisson", "nb", "zip", "zinb")
+    hidden: tuple[tuple[int, ...], ...] = ((100,), (100, 250), (100, 250, 500), (100, 250, 500, 1000))
+    latents: tuple[int, ...] = (10, 25, 50, 100)
+    layer: str | None = None
+    depth: bool = True
+    condition_key: str | None = None
+    covariates: tuple[str, ...] = ()
+    sampler: SamplerName = "grid"
+    trials: int | None = None
+    prune: bool = True
+    study: Path | None = None
+    picture: Path | None = None
+    max_epochs: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    threads: int | None = None
+    overwrite: bool = False
+
+
 GRID: dict[str, tuple[str, ...]] = {
     "likelihood": get_args(LikelihoodName),
     "states": get_args(StatesName),

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pyro_velo.errors import FitError, InputError
+from pyro_velo.options import SamplerName
 
 if TYPE_CHECKING:
     import optuna
 
-SamplerName = Literal["grid", "tpe"]
 Choices = Mapping[str, Sequence[str | int]]
 Report = Callable[[float, int], None]
 NAME = "pyro_velo"
@@ -90,7 +90,6 @@ def run(
     *,
     about: Mapping[str, Any],
     path: Path | None = None,
-    on_trial: Callable[[Trial], None] | None = None,
 ) -> tuple[list[Trial], bool]:
     """Run the trials that are left, and return all that are done, by number; and whether Ctrl-C ended it.
 
@@ -127,8 +126,6 @@ def run(
             else:
                 trial.set_user_attr("more", dict(score.more))
                 study.tell(trial, score.value)
-            if on_trial is not None:
-                on_trial(_done(study)[number])
         return [trial for _, trial in sorted(_done(study).items())], interrupted
 
 
