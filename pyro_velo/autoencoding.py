@@ -209,8 +209,8 @@ def vae(
     default `clustering.TRAINING`, with `seed` put in; `start` how a model with clusters starts. With `candidates` every
     number of clusters among them is fitted, and the held-out bound chooses; with `prune` the model is fitted with the
     clusters that it has, and those are merged that the held-out bound does not miss (see `merging`). `save` is a folder
-    to keep the fit in, and its trainings as it runs; `resume` one to go on from, to the bit, with the same data, parts,
-    settings and seed.
+    to keep the fit in, and its trainings as it runs, in place of what was kept there; `resume` one to go on from, to
+    the bit, with the same data, parts, settings and seed.
 
     Raises `InputError` for bad data, clusters that can't be, and a folder with the stages of another fit;
     `NonFiniteError`, naming the gene, for NaN in the fit.

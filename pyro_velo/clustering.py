@@ -27,6 +27,7 @@ from pyro_velo.models.cgmdvae import CGMDVAE
 from pyro_velo.models.gmvae import GMVAE
 from pyro_velo.models.mixing import check_clusters
 from pyro_velo.models.vae import VAE
+from pyro_velo.moments import as_one, nearest
 from pyro_velo.profiles import Profiles
 from pyro_velo.stages import Stages
 from pyro_velo.train import Fitted, TrainSettings
@@ -296,21 +297,6 @@ def _means_of(z: Array, labels: NDArray[np.int64], n_clusters: int, seed: int) -
     return np.stack([means[k] for k in range(n_clusters)])
 
 
-def nearest(weights: Array, means: Array) -> list[int]:
-    """The two components that lose the least sum of squares as one (Ward 1963), of shares (K,) and means (K, d)."""
-    a, b = np.triu_indices(len(weights), 1)
-    gap = (weights[a] * weights[b] / (weights[a] + weights[b])) * ((means[a] - means[b]) ** 2).sum(1)
-    return [int(a[gap.argmin()]), int(b[gap.argmin()])]
-
-
-def as_one(weights: Array, means: Array, covariances: Array) -> tuple[Array, Array]:
-    """Mean (d,) and covariance (d, d) of a mixture of shares (K,), means (K, d) and covariances (K, d, d)."""
-    share = weights / weights.sum()
-    mean = share @ means
-    away = means - mean
-    return mean, np.einsum("k,kij->ij", share, covariances + away[:, :, None] * away[:, None])
-
-
 def _merged(weights: Array, means: Array, covariances: Array) -> tuple[Array, Array, Array]:
     """The mixture with its two nearest components as one of their moments."""
     pair = nearest(weights, means)
@@ -387,6 +373,8 @@ def choose_clusters(
     for k in sorted(set(candidates)):
         fits[k] = begun.fit(replace(model, n_clusters=k))
         if fits[k].interrupted:
+            # Whichever is chosen, others are missing.
+            fits = {each: replace(fitted, interrupted=True) for each, fitted in fits.items()}
             break
     return judged(fits, {k: evidence(fitted, cells) for k, fitted in fits.items()})
 

@@ -26,16 +26,15 @@ from pyro_velo.clustering import (
     Mixed,
     NumberOfClusters,
     StartSettings,
-    as_one,
     default_guide,
     fit_profiles,
     judged,
-    nearest,
 )
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import Evidence, evidence
 from pyro_velo.latent import cluster_probabilities
 from pyro_velo.models.base import Guide
+from pyro_velo.moments import as_one, nearest
 from pyro_velo.profiles import Profiles
 from pyro_velo.stages import Stages
 from pyro_velo.train import Fitted, TrainSettings, restore

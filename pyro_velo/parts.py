@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,13 +15,9 @@ from pyro_velo.models.cgmdvae import CGMDVAE
 from pyro_velo.models.gmvae import GMVAE
 from pyro_velo.models.vae import VAE
 
-PARTS: dict[str, type[Any]] = {
-    part.__name__: part
-    for part in (
-        *(VAE, GMVAE, CGMDVAE, Encoder, PerCluster, Given),
-        *(*PROFILE_LIKELIHOODS.values(), *SIZES.values(), *ASSIGNMENTS.values()),
-    )
-}
+KINDS: tuple[Mapping[str, type[Any]], ...] = (PROFILE_LIKELIHOODS, SIZES, ASSIGNMENTS)
+RECIPES: tuple[type[Any], ...] = (VAE, GMVAE, CGMDVAE, Encoder, PerCluster, Given)
+PARTS = {part.__name__: part for part in (*RECIPES, *(part for kind in KINDS for part in kind.values()))}
 """The recipes that are known by name: frozen dataclasses of names, numbers and such recipes."""
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,20 @@ class Stages:
         return training
 
     def clear(self) -> None:
-        """Remove the stages that are kept: a fit that is done has no use for them."""
-        if self.write is not None:
-            shutil.rmtree(self.write / FOLDER, ignore_errors=True)
+        """Remove the stages that are kept, and nothing else: a fit that is done has no use for them."""
+        if self.write is None:
+            return
+        folder = self.write / FOLDER
+        for stage in [path.parent for path in folder.glob(f"*/{checkpoint.FILE}")]:
+            for name in (checkpoint.FILE, checkpoint.BESIDE, checkpoint.FAILURE):
+                (stage / name).unlink(missing_ok=True)
+            _remove_empty(stage)
+        _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def check_stages(folder: str | Path) -> Path:

@@ -5,6 +5,7 @@ Optuna is an extra: nothing here is needed before a search is opened.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Choices = Mapping[str, Sequence[str | int]]
 Report = Callable[[float, int], None]
 NAME = "pyro_velo"
-NUMBER, ABOUT = "number", "about"
+NUMBER, SECONDS, ABOUT = "number", "seconds", "about"
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,18 @@ class Score:
     more: Mapping[str, Any]
 
 
+Objective = Callable[[int, Mapping[str, Any], Report], Score]
+
+
 @dataclass(frozen=True)
 class Trial:
-    """A trial that is done: its `choice`, its `score` (None where it was given up), and what became of it."""
+    """A trial that is done: its `choice`, its `score` (None where it was given up), what became of it, and how long."""
 
     number: int
     choice: Mapping[str, Any]
     score: Score | None
     state: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Search:
 
 def run(
     search: Search,
-    objective: Callable[[int, Mapping[str, Any], Report], Score],
+    objective: Objective,
     *,
     about: Mapping[str, Any],
     path: Path | None = None,
@@ -109,24 +114,30 @@ def run(
         for number in range(search.n_trials):
             if number in _done(study):
                 continue
-            trial = _asked(optuna, study, search, number)
             try:
-                score = objective(number, trial.params, _reporter(optuna, trial, search.prune))
-            except optuna.TrialPruned:
-                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            except FitError as error:
-                trial.set_user_attr("failed", " ".join(str(error).split()))
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            except BaseException as error:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                if not isinstance(error, KeyboardInterrupt):
-                    raise
+                _try(optuna, study, search, number, objective)
+            except KeyboardInterrupt:
                 interrupted = True
                 break
-            else:
-                trial.set_user_attr("more", dict(score.more))
-                study.tell(trial, score.value)
         return [trial for _, trial in sorted(_done(study).items())], interrupted
+
+
+def _try(optuna: Any, study: optuna.Study, search: Search, number: int, objective: Objective) -> None:
+    """Run one trial, and tell the study what became of it; of one that ends in another error nothing is kept."""
+    trial, began = _asked(optuna, study, search, number), time.perf_counter()
+    states = optuna.trial.TrialState
+    state, value, told = states.FAIL, None, dict[str, Any]()
+    try:
+        score = objective(number, trial.params, _reporter(optuna, trial, search.prune))
+        state, value, told = states.COMPLETE, score.value, {"more": dict(score.more)}
+    except optuna.TrialPruned:
+        state = states.PRUNED
+    except FitError as error:
+        told = {"failed": " ".join(str(error).split())}
+    finally:
+        for name, each in {**told, SECONDS: time.perf_counter() - began}.items():
+            trial.set_user_attr(name, each)
+        study.tell(trial, value, state)
 
 
 def _require() -> None:
@@ -212,5 +223,5 @@ def _done(study: optuna.Study) -> dict[int, Trial]:
             score, state = None, f"failed: {told['failed']}"
         else:
             continue
-        found[int(told[NUMBER])] = Trial(int(told[NUMBER]), dict(trial.params), score, state)
+        found[told[NUMBER]] = Trial(told[NUMBER], dict(trial.params), score, state, told[SECONDS])
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from pyro_velo.clustering import TRAINING, elbo_for
 from pyro_velo.data import check_output, read, whole
@@ -149,7 +149,9 @@ class Sweep:
             "trial": trial.number,
             **{name: trial.choice.get(name) for name in ("likelihood", "hidden", "n_latent")},
             "bound": math.nan if score is None else score.value,
-            **{name: more.get(name, math.nan) for name in ("error", "seconds", "epochs")},
+            "error": more.get("error", math.nan),
+            "seconds": round(trial.seconds, 2),
+            "epochs": more.get("epochs", math.nan),
             "state": trial.state,
             "chosen": trial is self.best,
         }
@@ -221,7 +223,6 @@ def _scored(
 ) -> Score:
     """One trial: a fit, whose looks are reported, and its score. Ctrl-C goes on up."""
     model, guide = recipe
-    began = time.perf_counter()
     cells = arranged(data.profiles, training.held_out, seed, training.seed)
 
     def looked(state: Training) -> None:
@@ -234,14 +235,8 @@ def _scored(
     if fitted.interrupted:
         raise KeyboardInterrupt
     bound = evidence(fitted, cells, seed=training.seed).iw_bound
-    return Score(
-        float(bound.mean()),
-        {
-            "error": float(bound.std(ddof=1) / math.sqrt(len(bound))),
-            "seconds": round(time.perf_counter() - began, 2),
-            "epochs": fitted.training.epoch,
-        },
-    )
+    error = float(bound.std(ddof=1) / math.sqrt(len(bound)))
+    return Score(float(bound.mean()), {"error": error, "epochs": fitted.training.epoch})
 
 
 def arranged(cells: Profiles, share: float, seed: int, of: int) -> Profiles:
@@ -287,9 +282,14 @@ def sweep_file(path: Path, output: Path, options: SweepOptions) -> Sweep:
     found.frame().to_csv(text, index=False)
     _write(output, options, lambda partial: partial.write_text(text.getvalue(), encoding="utf-8"))
     if options.picture is not None and found.best is not None:
-        figure = pictures.sweep_bounds(found.frame()).figure
-        _write(options.picture, options, lambda partial: figure.savefig(partial, dpi=144))
+        _write(options.picture, options, lambda partial: _draw(found.frame(), partial))
     return found
+
+
+def _draw(frame: pd.DataFrame, path: Path) -> None:
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    pictures.sweep_bounds(frame, ax=figure.subplots())
+    figure.savefig(path, dpi=144)
 
 
 def grid_of(options: SweepOptions) -> SweepGrid:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,17 +78,17 @@ def same(one: pv.ProfileFit, other: pv.ProfileFit) -> None:
     """All that fits say of cells is the same to the bit."""
     assert differing(one.fitted.training, other.fitted.training) == []
     assert_array_equal(one.latent(), other.latent())
-    assert_array_equal(one.denoised(draws=3), other.denoised(draws=3))
+    assert_array_equal(one.denoised(draws=2), other.denoised(draws=2))
     scores = [fit.evidence(particles=5, draws=2) for fit in (one, other)]
     for name in ("elbo", "iw_bound", "density"):
         assert_array_equal(*(getattr(score, name) for score in scores))
     if one.has_clusters:
         assert_array_equal(one.cluster_probabilities(draws=3), other.cluster_probabilities(draws=3))
-        assert_array_equal(one.clusters(), other.clusters())
     assert str(one.about()) == str(other.about())
 
 
-@pytest.mark.parametrize("name", models())
+# One of the others, which a run that is stopped loads too, is left to the slow ones.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "gmvae" else ()) for n in models()])
 def test_what_is_loaded_is_what_was_saved_to_the_bit(adata, tmp_path: Path, name: str) -> None:
     fit = fitted(adata, name)
     fit.save(tmp_path / "kept")
@@ -95,22 +96,6 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(adata, tmp_path: Path, name
     same(loaded, fit)
     assert (loaded.model, loaded.guide, loaded.data.layer) == (fit.model, fit.guide, "counts")
     assert_array_equal(*(each.converted("condition", "condition_1", draws=3, mean=True).mean for each in (loaded, fit)))
-
-
-def test_the_number_of_clusters_is_kept_with_its_evidence(adata, tmp_path: Path) -> None:
-    start = replace(QUICK["start"], restarts=1)
-    fit = pv.vae(
-        pv.GMVAE(1, n_latent=2, hidden=(8,)),
-        SMALL,
-        adata,
-        candidates=(1, 2),
-        save=tmp_path,
-        **(QUICK | {"start": start}),
-    )
-    loaded = pv.load_vae(tmp_path, adata)
-    same(loaded, fit)
-    assert loaded.number.table() == fit.number.table() and loaded.number.fitted is loaded.fitted
-    assert not (tmp_path / stages.FOLDER).exists()
 
 
 @pytest.mark.parametrize("kind", ["parts", "models"])
@@ -204,20 +189,32 @@ class Stop:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["vae", "gmvae"])
-def test_a_run_that_is_stopped_goes_on_to_the_bit(adata, tmp_path: Path, monkeypatch, name: str) -> None:
-    whole = fitted(adata, name, save=tmp_path / "whole")
-    for after in (1, 2) if name == "vae" else (2, 5, 7):
+def chosen(adata, **options) -> pv.ProfileFit:
+    """The number of clusters chosen among two, each from two starts."""
+    return pv.vae(pv.GMVAE(1, n_latent=2, hidden=(8,)), SMALL, adata, candidates=(1, 2), **(QUICK | options))
+
+
+@pytest.mark.parametrize(
+    ("name", "looks"), [("vae", (1,)), ("chosen", (5,)), pytest.param("chosen", (2, 9), marks=pytest.mark.slow)]
+)
+def test_a_run_that_is_stopped_goes_on_to_the_bit(adata, tmp_path: Path, monkeypatch, name: str, looks) -> None:
+    make = chosen if name == "chosen" else partial(fitted, name=name)
+    whole = make(adata, save=tmp_path / "whole")
+    for after in looks:
         folder = tmp_path / str(after)
         with monkeypatch.context() as patched:
             patched.setattr(checkpoint, "save", Stop(after))
-            stopped = fitted(adata, name, save=folder)
+            stopped = make(adata, save=folder)
         assert stopped.interrupted
-        same(pv.load_vae(folder, adata), stopped)
-        assert pv.load_vae(folder, adata).interrupted
-        again = fitted(adata, name, save=folder, resume=folder)
-        same(again, whole)
-        assert not again.interrupted
+        loaded = pv.load_vae(folder, adata)
+        assert loaded.interrupted and differing(loaded.fitted.training, stopped.fitted.training) == []
+        again = make(adata, save=folder, resume=folder)
+        assert differing(again.fitted.training, whole.fitted.training) == [] and not again.interrupted
+        assert str(again.about()) == str(whole.about()) and not (folder / stages.FOLDER).exists()
+    loaded = pv.load_vae(tmp_path / "whole", adata)
+    same(loaded, again)
+    if name == "chosen":
+        assert loaded.number.table() == whole.number.table() and loaded.number.fitted is loaded.fitted
 
 
 def test_ctrl_c_before_the_first_look_leaves_a_fit_too(adata, tmp_path: Path, monkeypatch) -> None:
@@ -246,8 +243,10 @@ def test_only_the_same_run_goes_on(adata, tmp_path: Path, monkeypatch) -> None:
             fitted(adata, "vae", resume=tmp_path, **options)
     with pytest.raises(InputError, match="Expected checksum"):
         fitted(one_more(adata), "vae", resume=tmp_path)
-    # Where another run writes, the stages of this one are gone.
+    # Where another run writes, the stages of this one are gone, and what is not ours is not.
+    (tmp_path / stages.FOLDER / "notes.txt").touch()
     fitted(adata, "vae", save=tmp_path, seed=1)
+    assert [path.name for path in (tmp_path / stages.FOLDER).iterdir()] == ["notes.txt"]
     with pytest.raises(InputError, match="It holds a fit that is done: load it"):
         fitted(adata, "vae", resume=tmp_path)
 

@@ -28,6 +28,7 @@ LAYERS: dict[int, set[str]] = {
         "profiles",
         "nn",
         "compiled",
+        "moments",
         "data.anndata_keys",
     },
     1: {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pyro_velo as pv
 from pyro_velo.agreement import agreement
 from pyro_velo.assignments import Entropy
 from pyro_velo.cluster_sizes import Dirichlet, Given, Learned, Uniform
-from pyro_velo.clustering import TRAINING, Started, StartSettings, as_one, fit_profiles
+from pyro_velo.clustering import TRAINING, StartSettings, fit_profiles
 from pyro_velo.encoders import Encoder, PerCluster
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import evidence
@@ -22,6 +23,7 @@ from pyro_velo.likelihoods import NB
 from pyro_velo.merging import _fewer, prune_clusters
 from pyro_velo.models.cgmdvae import CGMDVAE
 from pyro_velo.models.gmvae import GMVAE
+from pyro_velo.moments import as_one, nearest
 from pyro_velo.train import restore
 
 GUIDE = Encoder((16,))
@@ -41,6 +43,19 @@ def test_one_cluster_has_the_moments_of_two(rng: np.random.Generator) -> None:
     second = sum(s * (c + np.outer(m, m)) for s, c, m in zip((0.75, 0.25), covariances, means, strict=True))
     np.testing.assert_allclose(mean, first)
     np.testing.assert_allclose(covariance, second - np.outer(first, first), rtol=1e-10)
+
+
+def test_the_nearest_lose_the_least_and_one_without_cells_goes_first(rng: np.random.Generator) -> None:
+    weights, means = rng.dirichlet(np.ones(5)), rng.normal(size=(5, 3))
+    within = np.zeros((5, 3, 3))
+
+    def lost(pair: tuple[int, int]) -> float:
+        """The trace of what merging adds to the covariance within clusters."""
+        index = list(pair)
+        return weights[index].sum() * np.trace(as_one(weights[index], means[index], within[index])[1])
+
+    assert tuple(nearest(weights, means)) == min(combinations(range(5), 2), key=lost)
+    assert 3 in nearest(np.array([0.3, 0.3, 0.2, 1e-300, 0.2]), 10 * means)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +87,7 @@ def test_a_cluster_that_is_there_twice_is_merged_without_a_trace(model) -> None:
             values[name] = torch.cat((value[:1], half, half))
     state = replace(two.training, best=values, parameters=values, optimizer={})
     three = restore(replace(model, n_clusters=3), GUIDE, cells, state)
-    shares = cluster_probabilities(three, cells).mean(0)
+    shares = cluster_probabilities(three, cells, draws=5).mean(0)
     found_shares, found = _fewer(three, model, GUIDE, cells, shares)
     np.testing.assert_allclose(found_shares, [shares[0], shares[1] + shares[2]])
     for name, value in two.training.best.items():
@@ -85,26 +100,26 @@ def test_a_cluster_that_is_there_twice_is_merged_without_a_trace(model) -> None:
 
 
 def test_networks_are_left_alone_and_every_number_is_judged() -> None:
-    cells = clustered(100)[0]
-    found = prune_clusters(GMVAE(4, NB(), Uniform(), **SMALL), GUIDE, cells, **FAST)
-    assert found.candidates == (1, 2, 3, 4) and set(found.fits) == {1, 2, 3, 4}
+    cells = clustered(60)[0]
+    found = prune_clusters(GMVAE(3, NB(), Uniform(), **SMALL), GUIDE, cells, **FAST)
+    assert found.candidates == (1, 2, 3) and set(found.fits) == {1, 2, 3}
     for k, fit in found.fits.items():
         assert fit.program.recipe.n_clusters == k
         for name, value in fit.training.best.items():
             if not name.startswith(("components", "sizes")):
-                assert torch.equal(value, found.fits[4].training.best[name])
+                assert torch.equal(value, found.fits[3].training.best[name])
         np.testing.assert_allclose(fit.training.plateau.best, evidence(fit, cells).elbo.mean())
     # One Gaussian of all cells' moments, whatever way it was reached.
     one = found.fits[1].program.components
-    every = found.fits[4].program.components
+    every = found.fits[3].program.components
     assert one.loc.shape == (1, 3) and (one.log_scale.exp() > every.log_scale.exp().min(0).values).all()
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_ten_clusters_of_three_end_near_three(seed: int) -> None:
-    cells, label, _ = clustered(300, seed=seed)
-    settings = replace(TRAINING, max_steps=150, seed=seed)
-    start = StartSettings(vae_steps=250, restarts=1, inits=2)
+    cells, label, _ = clustered(250, seed=seed)
+    settings = replace(TRAINING, max_steps=80, seed=seed)
+    start = StartSettings(vae_steps=150, restarts=1, inits=2)
     model = GMVAE(10, NB(), n_latent=3, hidden=(32,))
     found = prune_clusters(model, Encoder((32,)), cells, settings=settings, start=start, progress=False)
     assert 3 <= found.choice <= 4
@@ -136,4 +151,4 @@ def test_a_pruned_fit_is_written_kept_and_loaded(tmp_path) -> None:
         pv.vae(GMVAE(3), GUIDE, adata, prune=True, candidates=(1, 2), **FAST)
     with pytest.raises(InputError, match="Expected a model with clusters"):
         pv.vae(pv.VAE(), GUIDE, adata, prune=True, **FAST)
-    assert Started.__name__ and fit.about()["number_of_clusters"]["choice"] == fit.number.choice
+    assert fit.about()["number_of_clusters"]["choice"] == fit.number.choice

@@ -49,7 +49,7 @@ class ProfileData:
         checksum = 0
         for each in given:
             if each is not None:
-                checksum = zlib.crc32(np.ascontiguousarray(each.cpu().numpy()), checksum)
+                checksum = zlib.crc32(np.ascontiguousarray(each.cpu().numpy()).data, checksum)
         names = {"n_cells": len(self.cell_names), "genes": self.gene_names, "labels": list(self.labels)}
         return names | {"data": dict(self.options), "checksum": checksum}
 
@@ -120,7 +120,7 @@ def profile_data(
     }
     profiles = Profiles.of_counts(x, depth=depth, **known) if counts else Profiles(x, **known)
     gene_names = adata.var_names[genes].tolist()
-    options = {"layer": layer, "counts": counts, "depth": depth, "condition_key": condition_key}
+    options: dict[str, Any] = {"layer": layer, "counts": counts, "depth": depth, "condition_key": condition_key}
     options |= {"covariates": list(covariates), "label_key": label_key}
     return ProfileData(profiles, adata.obs_names, genes, gene_names, name, told, labels, options)
 
