@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pyro_velo.auditing import audit as audit
     from pyro_velo.audits import Audit as Audit
     from pyro_velo.autoencoding import ProfileFit as ProfileFit
+    from pyro_velo.autoencoding import load_vae as load_vae
     from pyro_velo.autoencoding import vae as vae
     from pyro_velo.calibrating import CalibrationSettings as CalibrationSettings
     from pyro_velo.calibrating import calibrate as calibrate
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from pyro_velo.data import to_anndata as to_anndata
     from pyro_velo.data.bridge import velocity_data as velocity_data
     from pyro_velo.data.digits import digits as digits
+    from pyro_velo.data.downloads import mouse_brain as mouse_brain
     from pyro_velo.data.profile_data import profile_data as profile_data
     from pyro_velo.diagnosing import diagnose as diagnose
     from pyro_velo.diagnosis import Diagnosis as Diagnosis
@@ -67,6 +69,10 @@ if TYPE_CHECKING:
     from pyro_velo.priors import Centered as Centered
     from pyro_velo.priors import Priors as Priors
     from pyro_velo.reporting import report as report
+    from pyro_velo.sweeping import Sweep as Sweep
+    from pyro_velo.sweeping import SweepGrid as SweepGrid
+    from pyro_velo.sweeping import SweepSettings as SweepSettings
+    from pyro_velo.sweeping import sweep as sweep
     from pyro_velo.train import TrainSettings as TrainSettings
 
 _MODULES = {"pl": "plots", "pp": "preprocess"} | {
@@ -111,12 +117,14 @@ _NAMES = {
     "diagnose": "diagnosing",
     "Diagnosis": "diagnosis",
     "digits": "data.digits",
+    "mouse_brain": "data.downloads",
     "profile_data": "data.profile_data",
     "InputError": "errors",
     "Fit": "fitting",
     "fit": "fitting",
     "load": "fitting",
     "ProfileFit": "autoencoding",
+    "load_vae": "autoencoding",
     "vae": "autoencoding",
     "VAE": "models.vae",
     "GMVAE": "models.gmvae",
@@ -127,6 +135,10 @@ _NAMES = {
     "Priors": "priors",
     "draw_from_prior": "prior_draws",
     "report": "reporting",
+    "Sweep": "sweeping",
+    "SweepGrid": "sweeping",
+    "SweepSettings": "sweeping",
+    "sweep": "sweeping",
     "TrainSettings": "train",
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pyro_velo import checkpoint, parts
 from pyro_velo import latent as summaries
 from pyro_velo.agreement import Agreement, agreement
 from pyro_velo.cluster_sizes import SIZES
@@ -30,12 +31,14 @@ from pyro_velo.evidence import Evidence, evidence
 from pyro_velo.fitting import in_words
 from pyro_velo.forensics import NonFiniteError
 from pyro_velo.likelihoods import PROFILE_LIKELIHOODS
+from pyro_velo.merging import prune_clusters
 from pyro_velo.models.base import Guide
 from pyro_velo.models.cgmdvae import CGMDVAE
 from pyro_velo.models.gmvae import GMVAE
 from pyro_velo.models.vae import VAE
 from pyro_velo.options import VAEOptions
-from pyro_velo.train import Fitted, TrainSettings
+from pyro_velo.stages import Stages, check_stages
+from pyro_velo.train import Fitted, TrainSettings, restore
 from pyro_velo.version import __version__
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ Array = NDArray[np.float64]
 
 MODELS: dict[str, type[VAE | GMVAE | CGMDVAE]] = {"vae": VAE, "gmvae": GMVAE, "cgmdvae": CGMDVAE}
 """What the command line calls them."""
+
+KIND = "autoencoder"
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,14 @@ class ProfileFit:
 
     fitted: Fitted
     data: ProfileData
-    recipe: str
+    model: VAE | Mixed
+    guide: Guide
     number: NumberOfClusters | None = None
+
+    @property
+    def recipe(self) -> str:
+        """What it is made of, in words."""
+        return in_words(self.model, self.guide)
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -140,6 +151,21 @@ class ProfileFit:
             about=self.about(),
         )
 
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Keep the fit in a folder, whole or not at all, to `load_vae` it; of other numbers of clusters their bounds.
+
+        Raises `InputError` where a fit is kept there already (unless `overwrite`).
+        """
+        folder = check_folder(folder, overwrite=overwrite)
+        about = {
+            "kind": KIND,
+            "version": __version__,
+            "interrupted": self.interrupted,
+            "number": None if self.number is None else self.number.describe(),
+        }
+        about |= _describe(self.data, self.model, self.guide)
+        checkpoint.save(self.fitted.training, folder, about=about)
+
     def about(self) -> dict[str, Any]:
         """Everything needed to say how the numbers were made."""
         training = self.fitted.training
@@ -153,11 +179,8 @@ class ProfileFit:
             "interrupted": self.interrupted,
         }
         if self.number is not None:
-            about["number_of_clusters"] = {
-                "candidates": list(self.number.candidates),
-                "bounds": list(self.number.bounds),
-                "choice": self.number.choice,
-            }
+            told = self.number.describe()
+            about["number_of_clusters"] = {name: told[name] for name in ("candidates", "bounds", "choice")}
         return about
 
     @property
@@ -174,16 +197,23 @@ def vae(
     settings: TrainSettings | None = None,
     start: StartSettings | None = None,
     candidates: Sequence[int] | None = None,
+    prune: bool = False,
     data: ProfileData | None = None,
+    save: str | Path | None = None,
+    resume: str | Path | None = None,
     progress: bool | None = None,
 ) -> ProfileFit:
     """Fit an autoencoder (None: a `VAE` of negative binomial counts) to `adata`, which stays as it is.
 
     `data` says which matrix (see `data.profile_data.profile_data`; by default the counts in `X`); `settings` are by
     default `clustering.TRAINING`, with `seed` put in; `start` how a model with clusters starts. With `candidates` every
-    number of clusters among them is fitted, and the held-out bound chooses.
+    number of clusters among them is fitted, and the held-out bound chooses; with `prune` the model is fitted with the
+    clusters that it has, and those are merged that the held-out bound does not miss (see `merging`). `save` is a folder
+    to keep the fit in, and its trainings as it runs, in place of what was kept there; `resume` one to go on from, to
+    the bit, with the same data, parts, settings and seed.
 
-    Raises `InputError` for bad data and clusters that can't be; `NonFiniteError`, naming the gene, for NaN in the fit.
+    Raises `InputError` for bad data, clusters that can't be, and a folder with the stages of another fit;
+    `NonFiniteError`, naming the gene, for NaN in the fit.
 
     >>> import pyro_velo as pv
     >>> fit = pv.vae(pv.GMVAE(n_clusters=5), None, adata, seed=0)  # doctest: +SKIP
@@ -191,21 +221,104 @@ def vae(
     model = model or VAE()
     guide = guide or default_guide(model)
     data = data or profile_data(adata, counts=model.likelihood.counts)
-    wanted = replace(settings or TRAINING, seed=seed)
+    wanted, start = replace(settings or TRAINING, seed=seed), start or StartSettings()
+    stages = _stages(save, resume, _describe(data, model, guide) | {"start": asdict(start)})
+    given: dict[str, Any] = {"settings": wanted, "start": start, "stages": stages, "progress": progress}
     number = None
     try:
-        if candidates is None:
-            fitted = fit_profiles(model, guide, data.profiles, settings=wanted, start=start, progress=progress)
+        if candidates is None and not prune:
+            fitted = fit_profiles(model, guide, data.profiles, **given)
         else:
             if isinstance(model, VAE):
                 raise InputError("Expected a model with clusters to choose their number; got a VAE. Pass a GMVAE.")
-            number = choose_clusters(
-                model, guide, data.profiles, candidates, settings=wanted, start=start, progress=progress
-            )
+            if candidates is None:
+                number = prune_clusters(model, guide, data.profiles, **given)
+            elif not prune:
+                number = choose_clusters(model, guide, data.profiles, candidates, **given)
+            else:
+                raise InputError(f"Expected candidates or prune; got {candidates} and prune. Leave one of them out.")
             fitted, model = number.fitted, replace(model, n_clusters=number.choice)
     except NonFiniteError as error:
         raise error.named(data.gene_names) from None
-    return ProfileFit(fitted, data, in_words(model, guide), number)
+    found = ProfileFit(fitted, data, model, guide, number)
+    if save is not None:
+        found.save(save, overwrite=True)
+        if not found.interrupted:
+            stages.clear()
+    return found
+
+
+def _stages(save: str | Path | None, resume: str | Path | None, about: dict[str, Any]) -> Stages:
+    """Where the trainings of a run are kept and gone on with; those of another run are removed from where it writes."""
+    write, read = (None if folder is None else Path(folder) for folder in (save, resume))
+    if read is not None:
+        check_stages(read)
+    stages = Stages(write, read, about)
+    if write is not None and (read is None or write.resolve() != read.resolve()):
+        stages.clear()
+    return stages
+
+
+def load_vae(
+    folder: str | Path,
+    adata: AnnData,
+    *,
+    model: VAE | Mixed | None = None,
+    guide: Guide | None = None,
+    device: str | torch.device = "cpu",
+) -> ProfileFit:
+    """The fit that `ProfileFit.save` or `vae(save=...)` left in a folder, to the bit; nothing is trained.
+
+    `adata` must be the one that was fitted: its matrix is read again, as it was. The model and the guide are made from
+    the names that are kept; parts of one's own have none, and are to be passed.
+
+    Raises `InputError` where there is no such fit, or it is of other numbers, genes or parts.
+
+    >>> import pyro_velo as pv
+    >>> pv.vae(pv.GMVAE(n_clusters=5), None, adata, save="kept")  # doctest: +SKIP
+    >>> fit = pv.load_vae("kept", adata)  # doctest: +SKIP
+    """
+    training, about = checkpoint.load(folder)
+    if about.get("kind") != KIND:
+        raise InputError(f"Expected an autoencoder in {folder}; got a fit of another kind. Load velocities by pv.load.")
+    model, guide = (_part(name, given, about, folder) for name, given in (("model", model), ("guide", guide)))
+    data = profile_data(adata, **about["data"], device=device)
+    found = _describe(data, model, guide)
+    compared = {"recipe": "model and guide", "n_cells": "cells", "genes": "genes", "labels": "labels"}
+    for name, what in {**compared, "checksum": "numbers"}.items():
+        if about[name] != found[name]:
+            raise InputError(f"Expected the {what} that were fitted and kept in {folder}; got others. Pass the same.")
+    fitted = replace(restore(model, guide, data.profiles, training), interrupted=about["interrupted"])
+    number = None if about["number"] is None else NumberOfClusters.of(about["number"], fitted)
+    return ProfileFit(fitted, data, model, guide, number)
+
+
+def _part(name: str, given: Any, about: dict[str, Any], folder: str | Path) -> Any:
+    """The model or the guide: what is given, or what the words of a file stand for."""
+    if given is not None:
+        return given
+    if about[name] is None:
+        raise InputError(f"Expected the {name} of {folder}, which has parts that have no name here; pass {name}=.")
+    return parts.from_words(about[name])
+
+
+def _describe(data: ProfileData, model: Any, guide: Any) -> dict[str, Any]:
+    """What two runs must agree on, as JSON."""
+    named = {
+        name: parts.to_words(part) if parts.is_known(part) else None
+        for name, part in (("model", model), ("guide", guide))
+    }
+    return named | {"recipe": in_words(model, guide)} | data.describe()
+
+
+def check_folder(folder: str | Path, *, overwrite: bool) -> Path:
+    """The folder, if a fit may be kept there; raises `InputError` for a file and, unless `overwrite`, a fit."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"Expected a folder to keep the fit in; got the file {folder}. Name another.")
+    if (folder / checkpoint.FILE).exists() and not overwrite:
+        raise InputError(f"{folder} holds a fit already; name another folder, or pass overwrite to replace it.")
+    return folder
 
 
 def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
@@ -216,6 +329,8 @@ def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
     check_output(output, options.overwrite, source=path)
     if options.report is not None:
         check_output(options.report, options.overwrite, source=path, formats=(".html",))
+    if options.save is not None:
+        check_folder(options.save, overwrite=options.overwrite or options.save == options.resume)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     adata = read(path)
@@ -233,7 +348,10 @@ def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
     )
     given = {"max_epochs": options.max_epochs, "batch_size": options.batch_size}
     training = replace(TRAINING, **{name: value for name, value in given.items() if value is not None})
-    fit = vae(model, None, adata, seed=options.seed, settings=training, candidates=candidates, data=data)
+    fit = vae(
+        model, None, adata, seed=options.seed, settings=training, candidates=candidates, prune=options.prune, data=data,
+        save=options.save, resume=options.resume,
+    )  # fmt: skip
     fit.write(adata, denoised=options.denoised, overwrite=options.overwrite)
     write_whole(adata, output, options.overwrite)
     if options.report is not None:
@@ -250,8 +368,8 @@ def recipe(options: VAEOptions) -> tuple[VAE | Mixed, Sequence[int] | None]:
     """
     likelihood = PROFILE_LIKELIHOODS[options.likelihood]()
     if options.model == "vae":
-        for name in ("clusters", "label_key"):
-            if getattr(options, name) is not None:
+        for name in ("clusters", "label_key", "prune"):
+            if getattr(options, name) not in (None, False):
                 raise InputError(
                     f"Expected no {name.replace('_', '-')} for a model without clusters; got "
                     f"{getattr(options, name)!r}. Use --model gmvae or cgmdvae."
@@ -259,5 +377,6 @@ def recipe(options: VAEOptions) -> tuple[VAE | Mixed, Sequence[int] | None]:
         return VAE(likelihood, options.latent), None
     sizes = SIZES[options.sizes]()
     kind = {"gmvae": GMVAE, "cgmdvae": CGMDVAE}[options.model]
-    model = kind(options.clusters or 1, likelihood, sizes, n_latent=options.latent)
-    return model, None if options.clusters else options.candidates
+    n_clusters = options.clusters or (max(options.candidates) if options.prune else 1)
+    model = kind(n_clusters, likelihood, sizes, n_latent=options.latent)
+    return model, None if options.clusters or options.prune else options.candidates

@@ -131,7 +131,8 @@ def _training(header: dict[str, Any], tensors: dict[str, Tensor]) -> Training:
 def _flatten(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors by a path, and the optimiser's state with its tensors taken out."""
     tensors = {f"best/{name}": value.contiguous() for name, value in training.best.items()}
-    tensors |= {f"parameters/{name}": value.contiguous() for name, value in training.parameters.items()}
+    # Where the best parameters are the present ones, as at the start, safetensors wants them twice all the same.
+    tensors |= {f"parameters/{name}": value.clone().contiguous() for name, value in training.parameters.items()}
     rest: dict[str, Any] = {}
     for name, state in training.optimizer.items():
         slots = state["state"].get(0, {})

@@ -23,20 +23,23 @@ from pyro_velo.options import (
     GRID,
     CompareOptions,
     Counts,
+    DataSetName,
     Depth,
     Device,
     FitOptions,
     LikelihoodName,
     ProfileLikelihoodName,
     RatesName,
+    SamplerName,
     SizesName,
     StatesName,
+    SweepOptions,
     TimesName,
     TranscriptionName,
     VAEModelName,
     VAEOptions,
 )
-from pyro_velo.parsing import parse_edges, parse_grid
+from pyro_velo.parsing import parse_edges, parse_grid, parse_layers, parse_sizes
 from pyro_velo.version import __version__
 
 if TYPE_CHECKING:
@@ -59,6 +62,8 @@ Draws = Annotated[int, typer.Option(min=2, help="Posterior draws.")]
 MaxEpochs = Annotated[int | None, typer.Option(min=1, help="Default: that of TrainSettings.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells a step. Default: that of TrainSettings.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Default: one a core.")]
+Save = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep checkpoints and the fit here.")]
+Resume = Annotated[Path | None, typer.Option(metavar="DIR", exists=True, help="Go on from a checkpoint.")]
 Likelihood = Annotated[LikelihoodName, typer.Option(help="Of scaled layers, or of raw counts.")]
 States = Annotated[StatesName, typer.Option(help="The posterior of the four states.")]
 Rates = Annotated[RatesName, typer.Option(help="The posterior of a gene's rates.")]
@@ -73,6 +78,11 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write
 Clusters = Annotated[str, typer.Option(metavar="KEY", help="The obs column with the clusters.")]
 AS_KEPT = "Default: that of the fit."
 Basis = Annotated[str, typer.Option(help="The embedding, as in obsm['X_umap'].")]
+
+
+HERE = Path(".")
+LAYERS = ",".join("-".join(map(str, layers)) for layers in SweepOptions.hidden)
+LATENTS = ",".join(map(str, SweepOptions.latents))
 
 
 def version(show: bool) -> None:
@@ -137,8 +147,8 @@ def fit(
     seed: Seed = FitOptions.seed,
     threads: Threads = None,
     device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = FitOptions.device,
-    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep checkpoints and the fit here.")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="DIR", exists=True, help="Go on from a checkpoint.")] = None,
+    save: Save = None,
+    resume: Resume = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report as well.")] = None,
     nuclei: Annotated[
         bool, typer.Option("--nuclei", help="Single nuclei: more unspliced than spliced is fine.")
@@ -403,6 +413,9 @@ def vae(
     clusters: Annotated[
         int | None, typer.Option(min=1, metavar="K", help="Default: 1 to 10, as held-out cells have it.")
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Fit K clusters (default: 10) and merge those that are too many.")
+    ] = False,
     sizes: Annotated[SizesName, typer.Option(help="What is known of the clusters' sizes.")] = VAEOptions.sizes,
     latent: Annotated[int, typer.Option(min=1, metavar="D", help="Latent dimensions.")] = VAEOptions.latent,
     condition_key: Annotated[str | None, typer.Option(metavar="C", help="obs: what the networks are told.")] = None,
@@ -413,6 +426,8 @@ def vae(
     batch_size: BatchSize = None,
     seed: Seed = VAEOptions.seed,
     threads: Threads = None,
+    save: Save = None,
+    resume: Resume = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report as well.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -423,6 +438,7 @@ def vae(
         layer=layer,
         depth=depth,
         clusters=clusters,
+        prune=prune,
         sizes=sizes,
         latent=latent,
         condition_key=condition_key,
@@ -433,6 +449,8 @@ def vae(
         batch_size=batch_size,
         seed=seed,
         threads=threads,
+        save=save,
+        resume=resume,
         report=report,
         overwrite=overwrite,
     )
@@ -443,6 +461,71 @@ def vae(
     if fitted.number is not None:
         typer.echo(fitted.number.table())
     typer.echo(f"Wrote {output}" if report is None else f"Wrote {output} and {report}")
+
+
+@app.command()
+def sweep(
+    data: Annotated[Path, typer.Argument(metavar="IN", exists=True, help="Counts: a file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="TABLE.csv", help="The table to write.")],
+    likelihoods: Annotated[str, typer.Option(metavar="A,B", help="Of counts.")] = ",".join(SweepOptions.likelihoods),
+    hidden: Annotated[str, typer.Option(metavar="A,B-C", help="Layers from z outwards, for each choice.")] = LAYERS,
+    latents: Annotated[str, typer.Option(metavar="A,B", help="Latent dimensions.")] = LATENTS,
+    study: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep trials here (sqlite), and go on.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it as well.")] = None,
+    sampler: Annotated[SamplerName, typer.Option(help="Every choice, or where it was good.")] = SweepOptions.sampler,
+    trials: Annotated[int | None, typer.Option(min=1, help="Default: one for each choice.")] = None,
+    prune: Annotated[bool, typer.Option(help="Give up trials below the median early.")] = SweepOptions.prune,
+    layer: Annotated[str | None, typer.Option(metavar="L", help="Default: X.")] = None,
+    depth: Annotated[bool, typer.Option(help="Take library sizes as known.")] = SweepOptions.depth,
+    condition_key: Annotated[str | None, typer.Option(metavar="C", help="obs: what the networks are told.")] = None,
+    covariate: Covariates = None,
+    max_epochs: MaxEpochs = None,
+    batch_size: BatchSize = None,
+    seed: Seed = SweepOptions.seed,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Say which likelihood, layers and latent size explain held-out cells best."""
+    options = SweepOptions(
+        likelihoods=tuple(name.strip() for name in likelihoods.split(",")),
+        hidden=parse_layers(hidden),
+        latents=parse_sizes(latents),
+        study=study,
+        picture=picture,
+        sampler=sampler,
+        trials=trials,
+        prune=prune,
+        layer=layer,
+        depth=depth,
+        condition_key=condition_key,
+        covariates=tuple(covariate or ()),
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        seed=seed,
+        threads=threads,
+        overwrite=overwrite,
+    )
+    from pyro_velo import sweeping
+
+    found = sweeping.sweep_file(data, output, options)
+    typer.echo(found.table())
+    if found.interrupted:
+        kept = "" if study is None else f"; the same command with --overwrite goes on from {study}"
+        print(f"pyro-velo: interrupted after {len(found.trials)} trials{kept}", file=sys.stderr)
+    typer.echo(f"Wrote {output}")
+    if found.best is None and not found.interrupted:
+        raise FitError("Expected one trial or more that came to its end; got none, see the table.")
+
+
+@app.command()
+def download(
+    name: Annotated[DataSetName, typer.Argument(metavar="NAME", help="Brain cells of mice: 20,000, or 1.3 million.")],
+    folder: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where it goes.")] = HERE,
+) -> None:
+    """Fetch counts that others have published: mouse-brain-20k or mouse-brain (10x Genomics)."""
+    from pyro_velo.data import downloads
+
+    typer.echo(f"Wrote {downloads.download(downloads.DATA_SETS[name], folder)}")
 
 
 def say_if_interrupted(fitted: Fit | ProfileFit) -> None:

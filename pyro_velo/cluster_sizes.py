@@ -100,6 +100,11 @@ SIZES: dict[str, type[Sizes]] = {"uniform": Uniform, "learned": Learned, "dirich
 """What the command line calls them."""
 
 
+def inverse_softplus(y: Tensor) -> Tensor:
+    """The x of which y > 0 is log(1 + e^x)."""
+    return y + torch.log(-torch.expm1(-y))
+
+
 class _Fixed(SizesProgram):
     def __init__(self, shares: Tensor) -> None:
         super().__init__()
@@ -151,6 +156,4 @@ class _Dirichlet(SizesProgram):
 
     def begin(self, shares: Tensor) -> None:
         with torch.no_grad():
-            wanted = self.SHARPNESS * shares
-            # The inverse of softplus.
-            self.outputs.copy_(wanted + torch.log(-torch.expm1(-wanted)))
+            self.outputs.copy_(inverse_softplus(self.SHARPNESS * shares))

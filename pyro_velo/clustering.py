@@ -27,8 +27,10 @@ from pyro_velo.models.cgmdvae import CGMDVAE
 from pyro_velo.models.gmvae import GMVAE
 from pyro_velo.models.mixing import check_clusters
 from pyro_velo.models.vae import VAE
+from pyro_velo.moments import as_one, nearest
 from pyro_velo.profiles import Profiles
-from pyro_velo.train import Fitted, TrainSettings, train
+from pyro_velo.stages import Stages
+from pyro_velo.train import Fitted, TrainSettings
 
 Array = NDArray[np.float64]
 Mixed = GMVAE | CGMDVAE
@@ -95,18 +97,22 @@ def fit_profiles(
     *,
     settings: TrainSettings | None = None,
     start: StartSettings | None = None,
+    stages: Stages | None = None,
     progress: bool | None = None,
 ) -> Fitted:
     """Fit an autoencoder to `cells`; one with clusters from a start of its own, see `StartSettings`.
 
+    `stages` says where its trainings are kept, and gone on with.
+
     Raises `InputError` as `Model.build` and for a guide that a model with clusters can't start; `NonFiniteError` as
     `train`.
     """
-    settings, start = settings or TRAINING, start or StartSettings()
+    settings, start, stages = settings or TRAINING, start or StartSettings(), stages or Stages()
     if isinstance(model, VAE):
         guide = guide or default_guide(model)
-        return train(model, guide, cells, settings=settings, elbo=elbo_for(model), progress=progress)
-    return Started.of(model, guide, cells, settings=settings, start=start, progress=progress).fit(model)
+        return stages.train("vae", model, guide, cells, settings=settings, elbo=elbo_for(model), progress=progress)
+    begun = Started.of(model, guide, cells, settings=settings, start=start, stages=stages, progress=progress)
+    return begun.fit(model)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class Started:
     guide: Encoder | PerCluster
     settings: TrainSettings
     start: StartSettings
+    stages: Stages = field(default_factory=Stages)
     progress: bool | None = None
 
     @classmethod
@@ -130,6 +137,7 @@ class Started:
         *,
         settings: TrainSettings,
         start: StartSettings,
+        stages: Stages | None = None,
         progress: bool | None = None,
     ) -> Started:
         """Train the VAE that shares the networks of `model` and `guide`; `settings.max_epochs` holds for it too."""
@@ -141,15 +149,16 @@ class Started:
             wanted = "a PerCluster for an enumerated model" if enumerated else "an Encoder"
             raise InputError(f"Expected {wanted}, which can start from a VAE's; got {guide!r}. Or call train yourself.")
         vae = VAE(model.likelihood, model.n_latent, model.hidden, model.decoded, model.interactions)
-        short = replace(settings, max_steps=start.vae_steps)
-        fitted = train(vae, Encoder(guide.hidden), cells, settings=short, elbo=elbo_for(vae), progress=progress)
-        return cls(cells, fitted, latent_means(fitted, cells), guide, settings, start, progress)
+        short, stages = replace(settings, max_steps=start.vae_steps), stages or Stages()
+        encoder = Encoder(guide.hidden)
+        fitted = stages.train("vae", vae, encoder, cells, settings=short, elbo=elbo_for(vae), progress=progress)
+        return cls(cells, fitted, latent_means(fitted, cells), guide, settings, start, stages, progress)
 
     def fit(self, model: Mixed) -> Fitted:
         """The best of the restarts by the held-out bound; after Ctrl-C that of those that there are."""
         found: list[Fitted] = []
-        for begun in self._starts(model):
-            found.append(self._fit(model, begun))
+        for number, begun in enumerate(self._starts(model)):
+            found.append(self._fit(model, begun, f"clusters_{model.n_clusters}_start_{number}"))
             if found[-1].interrupted or self.vae.interrupted:
                 break
         best = max(found, key=lambda fitted: fitted.training.plateau.best)
@@ -171,10 +180,13 @@ class Started:
         labels = self.cells.labels
         return None if labels is None else labels.cpu().numpy()
 
-    def _fit(self, model: Mixed, begun: Start) -> Fitted:
+    def _fit(self, model: Mixed, begun: Start, name: str) -> Fitted:
         decoding = {f"decoding.{name}": value for name, value in self.vae.program.decoding.state_dict().items()}
         encoder = {f"encoder.{name}": value for name, value in self.vae.guide.encoder.state_dict().items()}
-        return train(
+        # What goes on from a VAE that was cut short is not what the whole run would have made.
+        stages = Stages() if self.vae.interrupted else self.stages
+        return stages.train(
+            name,
             _ModelFrom(model, decoding, begun),
             _GuideFrom(self.guide, encoder, begun),
             self.cells,
@@ -286,14 +298,9 @@ def _means_of(z: Array, labels: NDArray[np.int64], n_clusters: int, seed: int) -
 
 
 def _merged(weights: Array, means: Array, covariances: Array) -> tuple[Array, Array, Array]:
-    """The mixture with its two nearest components as one of their moments (Ward's distance)."""
-    a, b = np.triu_indices(len(weights), 1)
-    gap = (weights[a] * weights[b] / (weights[a] + weights[b])) * ((means[a] - means[b]) ** 2).sum(1)
-    pair = [a[gap.argmin()], b[gap.argmin()]]
-    share = weights[pair] / weights[pair].sum()
-    mean = share @ means[pair]
-    away = means[pair] - mean
-    covariance = np.einsum("k,kij->ij", share, covariances[pair] + away[:, :, None] * away[:, None])
+    """The mixture with its two nearest components as one of their moments."""
+    pair = nearest(weights, means)
+    mean, covariance = as_one(weights[pair], means[pair], covariances[pair])
     rest = np.delete(np.arange(len(weights)), pair)
     return (
         np.append(weights[rest], weights[pair].sum()),
@@ -321,6 +328,19 @@ class NumberOfClusters:
         """The fit that was chosen."""
         return self.fits[self.choice]
 
+    def describe(self) -> dict[str, Any]:
+        """Everything but the fits, as JSON."""
+        found = {"candidates": self.candidates, "bounds": self.bounds, "differences": map(list, self.differences)}
+        return {name: list(value) for name, value in found.items()} | {"choice": self.choice}
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], fitted: Fitted) -> NumberOfClusters:
+        """What `describe` told, with the one fit that was chosen."""
+        differences = tuple((mean, error) for mean, error in told["differences"])
+        return cls(
+            tuple(told["candidates"]), tuple(told["bounds"]), differences, told["choice"], {told["choice"]: fitted}
+        )
+
     def table(self) -> str:
         """The same in words."""
         rows = zip(self.candidates, self.bounds, self.differences, strict=True)
@@ -336,23 +356,31 @@ def choose_clusters(
     *,
     settings: TrainSettings | None = None,
     start: StartSettings | None = None,
+    stages: Stages | None = None,
     progress: bool | None = None,
 ) -> NumberOfClusters:
     """Fit `model` with each number of clusters, from one start, and judge by the importance-weighted held-out bound.
+
+    `stages` as in `fit_profiles`.
 
     Raises `InputError` for no candidates, and as `evidence` for fewer than two held-out cells.
     """
     if not candidates:
         raise InputError("Expected numbers of clusters to try; got none. Pass candidates=range(1, 11).")
-    begun = Started.of(
-        model, guide, cells, settings=settings or TRAINING, start=start or StartSettings(), progress=progress
-    )
+    settings, start = settings or TRAINING, start or StartSettings()
+    begun = Started.of(model, guide, cells, settings=settings, start=start, stages=stages, progress=progress)
     fits: dict[int, Fitted] = {}
     for k in sorted(set(candidates)):
         fits[k] = begun.fit(replace(model, n_clusters=k))
         if fits[k].interrupted:
+            # Whichever is chosen, others are missing.
+            fits = {each: replace(fitted, interrupted=True) for each, fitted in fits.items()}
             break
-    scores: dict[int, Evidence] = {k: evidence(fitted, cells) for k, fitted in fits.items()}
+    return judged(fits, {k: evidence(fitted, cells) for k, fitted in fits.items()})
+
+
+def judged(fits: Mapping[int, Fitted], scores: Mapping[int, Evidence]) -> NumberOfClusters:
+    """The smallest number of clusters whose bound is within a standard error of the best one's, paired by cell."""
     bounds = {k: score.iw_bound for k, score in scores.items()}
     best = max(bounds, key=lambda k: bounds[k].mean())
     gaps = {k: bound - bounds[best] for k, bound in bounds.items()}

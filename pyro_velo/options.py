@@ -76,8 +76,9 @@ class VAEOptions:
     """The options of `pyro-velo vae`; `None` leaves the choice to `clustering.TRAINING`, the file or the machine.
 
     `layer` is by default `X`; `depth` counts the cells' library sizes as known; `clusters` is how many, by default
-    chosen among `candidates`; `condition_key`, `covariates` and `label_key` are columns of obs; `denoised` writes a
-    layer; `report` is an HTML file.
+    chosen among `candidates`; `prune` merges those of them that are too many; `condition_key`, `covariates` and
+    `label_key` are columns of obs; `denoised` writes a layer; `save` and `resume` are folders of checkpoints; `report`
+    is an HTML file.
     """
 
     model: VAEModelName = "gmvae"
@@ -86,6 +87,7 @@ class VAEOptions:
     depth: bool = True
     clusters: int | None = None
     candidates: tuple[int, ...] = tuple(range(1, 11))
+    prune: bool = False
     sizes: SizesName = "learned"
     latent: int = 10
     condition_key: str | None = None
@@ -96,7 +98,41 @@ class VAEOptions:
     batch_size: int | None = None
     seed: int = 0
     threads: int | None = None
+    save: Path | None = None
+    resume: Path | None = None
     report: Path | None = None
+    overwrite: bool = False
+
+
+DataSetName = Literal["mouse-brain-20k", "mouse-brain"]
+"""What can be downloaded: `data.downloads.DATA_SETS`."""
+SamplerName = Literal["grid", "tpe"]
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The options of `pyro-velo sweep`; `None` leaves the choice to `clustering.TRAINING`, the file or the machine.
+
+    `hidden` are the decoder's layers from the latent space outwards, for each choice; `trials` is by default the whole
+    grid; `prune` gives trials up early; `study` is a sqlite file in which trials are kept; `picture` is a file.
+    """
+
+    likelihoods: tuple[str, ...] = ("poisson", "nb", "zip", "zinb")
+    hidden: tuple[tuple[int, ...], ...] = ((100,), (100, 250), (100, 250, 500), (100, 250, 500, 1000))
+    latents: tuple[int, ...] = (10, 25, 50, 100)
+    layer: str | None = None
+    depth: bool = True
+    condition_key: str | None = None
+    covariates: tuple[str, ...] = ()
+    sampler: SamplerName = "grid"
+    trials: int | None = None
+    prune: bool = True
+    study: Path | None = None
+    picture: Path | None = None
+    max_epochs: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    threads: int | None = None
     overwrite: bool = False
 
 

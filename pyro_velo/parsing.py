@@ -1,4 +1,4 @@
-"""What the command line reads from a text: a grid of variants, and edges between clusters."""
+"""What the command line reads from a text: a grid of variants, sizes, and edges between clusters."""
 
 from __future__ import annotations
 
@@ -29,6 +29,30 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
             raise InputError(f"Expected {name} once, with each value once; got {text!r}. Write it as {name}=a,b.")
         grid[name] = values
     return grid
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """The numbers in "10,25,50", each 1 or more; raises `InputError` for anything else.
+
+    >>> parse_sizes("10, 25")
+    (10, 25)
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"Expected numbers of 1 or more like 10,25,50; got {text!r}. Put commas between them.")
+    return tuple(map(int, parts))
+
+
+def parse_layers(text: str) -> tuple[tuple[int, ...], ...]:
+    """The sizes of layers for each choice in "100,100-250"; raises `InputError` for anything else.
+
+    >>> parse_layers("100, 100-250")
+    ((100,), (100, 250))
+    """
+    choices = [choice.strip().split("-") for choice in text.split(",")]
+    if not all(size.isdecimal() and int(size) > 0 for sizes in choices for size in sizes):
+        raise InputError(f'Expected sizes of layers like "100,100-250"; got {text!r}. Put - between layers.')
+    return tuple(tuple(map(int, sizes)) for sizes in choices)
 
 
 def parse_edges(text: str) -> list[tuple[str, str]]:

@@ -155,7 +155,7 @@ def test_a_fit_starts_where_it_is_told() -> None:
     )
     begun = Start(torch.randn(3, 10), torch.diag_embed(torch.rand(3, 10) + 0.5), torch.tensor([0.2, 0.3, 0.5]))
     short = replace(started, settings=TrainSettings(max_epochs=1, learning_rate=1e-12))
-    fitted = short._fit(GMVAE(3), begun)
+    fitted = short._fit(GMVAE(3), begun, "one")
     assert_close(fitted.program.components.loc.detach(), begun.loc)
     assert_close(fitted.program.sizes.prior().detach().exp(), begun.shares)
     for one, other in ((fitted.program.decoding, started.vae.program.decoding),):

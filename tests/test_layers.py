@@ -28,6 +28,7 @@ LAYERS: dict[int, set[str]] = {
         "profiles",
         "nn",
         "compiled",
+        "moments",
         "data.anndata_keys",
     },
     1: {
@@ -42,11 +43,11 @@ LAYERS: dict[int, set[str]] = {
         *("simulate", "preprocess", "embedding", "metrics", "data"),
         *("transitions", "population_balance", "macrostates", "fates", "directions", "directional", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
-        *("latent", "clustering", "agreement"),
+        *("latent", "clustering", "merging", "agreement", "parts", "stages", "studies"),
     },
     4: {
         *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
-        *("autoencoding", "profile_report"),
+        *("autoencoding", "profile_report", "sweeping"),
         *("futures", "audits", "auditing", "checking", "calibrating", "diagnosis", "diagnosing"),
         *("__init__", "__main__"),
     },
@@ -123,6 +124,14 @@ SIDEWAYS = {
     ("latent", "train"),
     ("clustering", "evidence"),
     ("clustering", "latent"),
+    ("clustering", "stages"),
+    ("merging", "clustering"),
+    ("merging", "evidence"),
+    ("merging", "latent"),
+    ("merging", "stages"),
+    ("merging", "train"),
+    ("stages", "checkpoint"),
+    ("stages", "train"),
     ("clustering", "train"),
     ("data", "simulate"),
     ("reporting", "plots"),
@@ -159,6 +168,9 @@ SIDEWAYS = {
     ("profile_report", "plots"),
     ("profile_report", "reporting"),
     ("cli", "autoencoding"),
+    ("cli", "sweeping"),
+    ("__init__", "sweeping"),
+    ("sweeping", "plots"),
     ("__init__", "autoencoding"),
     ("cli", "api"),
     ("cli", "auditing"),
@@ -326,13 +338,33 @@ def test_the_checker_lets_through(module: str, source: str) -> None:
     assert violations(module, source) == []
 
 
+EXTRAS = {"download", "sweep"}
+"""Of which users have to ask for: what these bring is imported in functions alone."""
+
+
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {requirement.split(">")[0] for requirement in project["dependencies"]}
+    optional = {name for extra in EXTRAS for name in project["optional-dependencies"][extra]}
+    declared = {requirement.split(">")[0] for requirement in {*project["dependencies"], *optional}}
     used = {name.partition(".")[0] for m, path in modules().items() for _, name in imports(m, path.read_text())}
     third_party = used - sys.stdlib_module_names - {PACKAGE}
     providers = packages_distributions()
     assert {name for name in third_party if declared.isdisjoint(map(str.lower, providers[name]))} == set()
+
+
+def test_extras_are_imported_on_first_use() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = {name.split(">")[0] for extra in EXTRAS for name in project["optional-dependencies"][extra]}
+    for module, path in modules().items():
+        source = path.read_text()
+        inside = typing_lines(source) | {
+            line
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.FunctionDef)
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        }
+        outside = {name.partition(".")[0] for line, name in imports(module, source) if line not in inside}
+        assert not outside & optional, module
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -354,7 +386,9 @@ def test_the_package_loads_nothing_heavy() -> None:
     assert loaded("-c", f"import {PACKAGE}") & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", [(), ("fit",), ("score",), ("calibrate",), ("audit",), ("diagnose",), ("vae",)])
+@pytest.mark.parametrize(
+    "command", [(), ("fit",), ("score",), ("calibrate",), ("audit",), ("diagnose",), ("vae",), ("sweep",)]
+)
 def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     assert loaded("-m", PACKAGE, *command, "--help") & (HEAVY | {"numpy", "rich"}) == set()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,8 @@ Array = NDArray[np.float32]
 class ProfileData:
     """What is fitted: the profiles, which genes of the AnnData they are (`genes`, a mask), and what is told of cells.
 
-    `layer` names what it was read from ("X" for `X`), `labels` the clusters that have a name, in their order.
+    `layer` names what it was read from ("X" for `X`), `labels` the clusters that have a name, in their order; `options`
+    is what `profile_data` was asked for.
     """
 
     profiles: Profiles
@@ -39,6 +41,17 @@ class ProfileData:
     layer: str
     design: Design | None = None
     labels: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """What two fits must agree on to be of the same data, as JSON; `checksum` is of every number (CRC-32)."""
+        given = (self.profiles.x, self.profiles.size_factors, self.profiles.covariates, self.profiles.labels)
+        checksum = 0
+        for each in given:
+            if each is not None:
+                checksum = zlib.crc32(np.ascontiguousarray(each.cpu().numpy()).data, checksum)
+        names = {"n_cells": len(self.cell_names), "genes": self.gene_names, "labels": list(self.labels)}
+        return names | {"data": dict(self.options), "checksum": checksum}
 
     def as_if(self, column: str, level: str) -> torch.Tensor:
         """The covariates (N, C) as if every cell's category in a column of obs were `level`.
@@ -107,7 +120,9 @@ def profile_data(
     }
     profiles = Profiles.of_counts(x, depth=depth, **known) if counts else Profiles(x, **known)
     gene_names = adata.var_names[genes].tolist()
-    return ProfileData(profiles, adata.obs_names, genes, gene_names, name, told, labels)
+    options: dict[str, Any] = {"layer": layer, "counts": counts, "depth": depth, "condition_key": condition_key}
+    options |= {"covariates": list(covariates), "label_key": label_key}
+    return ProfileData(profiles, adata.obs_names, genes, gene_names, name, told, labels, options)
 
 
 def _labels(adata: AnnData, key: str | None) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:

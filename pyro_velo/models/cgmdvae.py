@@ -144,7 +144,7 @@ class Style(nn.Module):
 
     def __init__(self, n_in: int, n_clusters: int, n_latent: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.shape = (2, n_clusters, n_latent)
+        self.n_in, self.shape = n_in, (2, n_clusters, n_latent)
         self.trunk = mlp(n_in, hidden)
         self.last = nn.Linear(hidden[-1] if hidden else n_in, 2 * n_clusters * n_latent)
         nn.init.zeros_(self.last.weight)

@@ -14,6 +14,7 @@ from .fates import fate_probabilities, fate_probability, fate_shares
 from .genes import best_genes, gene_ranking
 from .phase import phase_portrait
 from .rates import rates
+from .sweep import sweep_bounds
 
 __all__ = [
     "arrows",
@@ -49,5 +50,6 @@ __all__ = [
     "ranks",
     "rates",
     "stream",
+    "sweep_bounds",
     "uncertainty",
 ]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pyro_velo.data.anndata_keys import SPLICED, UNSPLICED
 from pyro_velo.data.matrices import check_sparse
 from pyro_velo.data.output import is_zarr
-from pyro_velo.data.readers import alevin_fry, anndata_files, loom, starsolo
+from pyro_velo.data.readers import alevin_fry, anndata_files, loom, starsolo, tenx
 from pyro_velo.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ FORMATS = {
     "AnnData .h5ad (also kb-python's)": Format(_file(".h5ad"), anndata_files.read_h5ad),
     "AnnData .zarr folder": Format(is_zarr, anndata_files.read_zarr),
     "velocyto .loom": Format(_file(".loom"), loom.read_loom),
+    "10x .h5": Format(_file(".h5"), tenx.read_10x),
     "STARsolo Velocyto/ folder": Format(lambda path: starsolo.find(path) is not None, starsolo.read_starsolo),
     "alevin-fry quant folder": Format(lambda path: alevin_fry.find(path) is not None, alevin_fry.read_alevin_fry),
 }
@@ -49,10 +50,11 @@ def read(path: str | Path) -> AnnData:
     """The AnnData of N cells x G genes at `path`, with the layers `spliced` and `unspliced` where the format has them.
 
     Formats: `.h5ad`, `.zarr`, velocyto `.loom`, a STARsolo `Velocyto/` folder (or one above it; `filtered/` before
-    `raw/`), an alevin-fry folder in USA mode. kb-python's `mature` and `nascent` become `spliced` and `unspliced`; its
-    `ambiguous` stays a layer of its own, while alevin-fry's is added to spliced, as its authors' velocity mode does.
-    Repeated gene names of loom, STARsolo and alevin-fry get their gene id appended; those of an AnnData are left for
-    `checked_layers` to refuse. The counts themselves are checked there too, not here.
+    `raw/`), an alevin-fry folder in USA mode; 10x Genomics' `.h5`, which has one matrix, in `X`. kb-python's `mature`
+    and `nascent` become `spliced` and `unspliced`; its `ambiguous` stays a layer of its own, while alevin-fry's is
+    added to spliced, as its authors' velocity mode does. Repeated gene names of loom, STARsolo, alevin-fry and 10x get
+    their gene id appended; those of an AnnData are left for `checked_layers` to refuse. The counts themselves are
+    checked there too, not here.
 
     Raises `InputError` for a path that isn't there or has no known format, and for a file that is damaged, claims more
     than it holds, or doesn't fit into memory.
