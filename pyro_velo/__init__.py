@@ -96,6 +96,7 @@ _MODULES = {"pl": "plots", "pp": "preprocess"} | {
         "simulate",
         "states",
         "times",
+        "library",
         "transcription",
     )
 }

@@ -31,6 +31,7 @@ from pyro_velo.errors import InputError
 from pyro_velo.fitting import Fit, fit, load
 from pyro_velo.flow import units_of_range
 from pyro_velo.guides import Amortized
+from pyro_velo.library import LIBRARIES
 from pyro_velo.likelihoods import LIKELIHOODS
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.options import BASIS, COLOR, GRID, PARTS, Depth, FitOptions
@@ -163,6 +164,7 @@ def recipes(options: FitOptions) -> tuple[VelocityModel, Amortized]:
         states=STATE_FAMILIES[options.states](),
         times=TIMES[options.times](),
         transcription=TRANSCRIPTIONS[options.transcription](),
+        library=LIBRARIES[options.library](),
         priors=priors_from_text(options.priors),
     )
     return model, Amortized(rates=RATE_GUIDES[options.rates]())

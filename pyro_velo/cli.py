@@ -27,6 +27,7 @@ from pyro_velo.options import (
     Depth,
     Device,
     FitOptions,
+    LibraryName,
     LikelihoodName,
     ProfileLikelihoodName,
     RatesName,
@@ -69,6 +70,7 @@ States = Annotated[StatesName, typer.Option(help="The posterior of the four stat
 Rates = Annotated[RatesName, typer.Option(help="The posterior of a gene's rates.")]
 Times = Annotated[TimesName, typer.Option(help="A time per gene, per cell, or between.")]
 Transcription = Annotated[TranscriptionName, typer.Option(help="While a gene is on.")]
+Library = Annotated[LibraryName, typer.Option(help="Library sizes of counts, as they are said to be or inferred.")]
 BatchKey = Annotated[str | None, typer.Option(metavar="KEY", help="obs: experimental batches.")]
 Covariates = Annotated[list[str] | None, typer.Option("--covariate", metavar="KEY", help="obs: category or number.")]
 PriorTexts = Annotated[
@@ -158,6 +160,7 @@ def fit(
     rates: Rates = FitOptions.rates,
     times: Times = FitOptions.times,
     transcription: Transcription = FitOptions.transcription,
+    library: Library = FitOptions.library,
     depth: Annotated[
         Depth | None, typer.Option(help="Scale cells to one total, or to cells around. Default: by the likelihood.")
     ] = None,
@@ -194,6 +197,7 @@ def fit(
         rates=rates,
         times=times,
         transcription=transcription,
+        library=library,
         depth=depth,
         batch_key=batch_key,
         covariates=tuple(covariate or ()),
@@ -335,6 +339,7 @@ def audit(
     rates: Rates = FitOptions.rates,
     times: Times = FitOptions.times,
     transcription: Transcription = FitOptions.transcription,
+    library: Library = FitOptions.library,
     batch_key: BatchKey = None,
     covariate: Covariates = None,
     prior: PriorTexts = None,
@@ -351,6 +356,7 @@ def audit(
         rates=rates,
         times=times,
         transcription=transcription,
+        library=library,
         batch_key=batch_key,
         covariates=tuple(covariate or ()),
         priors=tuple(prior or ()),
@@ -373,6 +379,7 @@ def diagnose(
     rates: Annotated[RatesName | None, typer.Option(help=AS_KEPT)] = None,
     times: Annotated[TimesName | None, typer.Option(help=AS_KEPT)] = None,
     transcription: Annotated[TranscriptionName | None, typer.Option(help=AS_KEPT)] = None,
+    library: Annotated[LibraryName | None, typer.Option(help=AS_KEPT)] = None,
     batch_key: BatchKey = None,
     covariate: Covariates = None,
     prior: PriorTexts = None,
@@ -389,6 +396,7 @@ def diagnose(
         "rates": rates,
         "times": times,
         "transcription": transcription,
+        "library": library,
         "batch_key": batch_key,
         "covariates": tuple(covariate) if covariate else None,
         "priors": tuple(prior) if prior else None,

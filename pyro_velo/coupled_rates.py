@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -28,6 +28,11 @@ def bends(z: Tensor, n: int) -> Tensor:
     centres = torch.linspace(0, 1, n, dtype=z.dtype, device=z.device)
     bumps = torch.exp(-(((place - centres) * (n - 1)) ** 2) / 2)
     return bumps / bumps.sum(1, keepdim=True)
+
+
+def bent(z: Tensor, w: Tensor, n: int) -> Tensor:
+    """How far w (n M,) moves each of n coordinates of cells whose clocks stand at z (B,): (B, n)."""
+    return bends(z, len(w) // n) @ w.view(n, -1).mT
 
 
 class Covariance(NamedTuple):
@@ -108,10 +113,15 @@ class Genes:
 
 
 class CoupledRates:
-    """Draws the gene-level sites, and w with them; called with a batch, as an autoguide is."""
+    """Draws the gene-level sites, and w with them; called with a batch, as an autoguide is.
 
-    def __init__(self, genes: Genes, loc: Tensor, covariance: Covariance, dtype: torch.dtype) -> None:
-        self.genes = genes
+    `shared` are the latent dimensions that w bends: the clock, and the library size where that is inferred.
+    """
+
+    def __init__(
+        self, genes: Genes, loc: Tensor, covariance: Covariance, dtype: torch.dtype, shared: Sequence[int]
+    ) -> None:
+        self.genes, self.shared = genes, shared
         self.loc = loc.to(dtype)
         self.covariance = Covariance(*(each.to(dtype) for each in covariance))
 
@@ -138,6 +148,6 @@ class CoupledRates:
 
     def moved(self, latent: dist.Distribution, drawn: Mapping[str, Tensor]) -> dist.Distribution:
         """q(z) of a batch's cells, moved with the bends that were drawn."""
-        loc, scale, root = latent.base_dist.loc, latent.base_dist.scale, self.covariance.warp_root
-        shift = bends(loc[:, 0, 0], len(root)) @ (root @ drawn[WARP])
-        return dist.Normal(torch.cat((loc[..., :1] + shift[:, None, None], loc[..., 1:]), -1), scale).to_event(1)
+        loc, scale, root = latent.base_dist.loc.clone(), latent.base_dist.scale, self.covariance.warp_root
+        loc[:, 0, self.shared] += bent(loc[:, 0, 0], root @ drawn[WARP], len(self.shared))
+        return dist.Normal(loc, scale).to_event(1)

@@ -13,8 +13,9 @@ $b = \partial \log p / \partial z_{n1}$ of each cell and gene, whose products av
 $$A_g = \sum_n a a^T + P_g, \quad C_g = \sum_n a b \phi^T, \quad L_g L_g^T = A_g^{-1}, \quad R_g = A_g^{-1} C_g, \quad
 S = \sum_n d_n \phi \phi^T - \sum_g C_g^T A_g^{-1} C_g, \quad d_n = 1 + \sum_g b^2$$
 
-where P is the precision of the prior. The means are moved by Newton steps on the ELBO, its gradient taken at two points
-either side of them.
+where P is the precision of the prior. Where library sizes are inferred, all rates follow two coordinates of a cell, and
+w bends both along the clock: b and phi then have a component for each. The means are moved by Newton steps on the ELBO,
+its gradient taken at two points either side of them.
 
 References: Giordano, Broderick and Jordan 2018 (linear response: covariances from a mean-field optimum); Opper and
 Archambeau 2009 (a Normal's ELBO has the gradient that is expected under it).
@@ -36,7 +37,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Batch, Cells
-from pyro_velo.coupled_rates import CoupledRates, Covariance, Genes, bends
+from pyro_velo.coupled_rates import CoupledRates, Covariance, Genes, bends, bent
 from pyro_velo.guides import AmortizedProgram
 from pyro_velo.posterior import posterior_of_states
 from pyro_velo.rates import AutoPerGene
@@ -125,7 +126,8 @@ class Search:
             parts = [fitted.guide.encode(batch).base_dist for batch in self._batches()]
             self.z = torch.cat([part.loc[:, 0] for part in parts])
             self.scale = torch.cat([part.scale[:, 0] for part in parts])
-        self.clock, self.clock_sd = self.z[:, 0].double(), self.scale[:, 0].double()
+        self.shared = [0] if self.program.library_sd is None else [0, self.z.shape[1] - 1]
+        self.place, self.place_sd = self.z[:, self.shared].double(), self.scale[:, self.shared].double()
         self.covariance: Covariance | None = None
 
     def climb(self, progress: bool | None = None) -> bool:
@@ -144,16 +146,16 @@ class Search:
             rise, best, kept, climbed = found - best, found, self._state(), True
             if rise < ENOUGH * len(self.cells):
                 break
-        self.x, self.clock, self.clock_sd, self.covariance = kept
+        self.x, self.place, self.place_sd, self.covariance = kept
         return climbed
 
     def _state(self) -> tuple[Tensor, Tensor, Tensor, Covariance | None]:
-        return self.x, self.clock, self.clock_sd, self.covariance
+        return self.x, self.place, self.place_sd, self.covariance
 
     def round(self) -> None:
         """One step of the cells while the rates stay, one of the rates with the clock."""
-        rates, clock = torch.zeros_like(self.x), torch.zeros_like(self.clock)
-        self._move_cells(*self._either_side(rates, clock)[1:])
+        rates, place = torch.zeros_like(self.x), torch.zeros_like(self.place)
+        self._move_cells(*self._either_side(rates, place)[1:])
         self.covariance = self._around()[0].covariance() if self.covariance is None else self.covariance
         information = self._around()[0]
         self.covariance = information.covariance()
@@ -165,7 +167,7 @@ class Search:
         before, self.covariance = self.covariance, None
         self.covariance = self._around()[0].covariance()
         expected = sum(self._around()[0].log_joint for _ in range(PAIRS)) / PAIRS
-        entropy = self.covariance.log_size() + float((self.trained * self.clock_sd.log()).sum())
+        entropy = self.covariance.log_size() + float((self.trained @ self.place_sd.log()).sum())
         self.covariance = before
         return expected + entropy
 
@@ -173,8 +175,8 @@ class Search:
         """The guide of the fit, with coupled rates and each cell's own place."""
         assert self.covariance is not None
         guide, z, scale = copy(self.fitted.guide), self.z.clone(), self.scale.clone()
-        z[:, 0], scale[:, 0] = self.clock.to(z), self.clock_sd.to(z)
-        rates = CoupledRates(self.genes, self.x, self.covariance, z.dtype)
+        z[:, self.shared], scale[:, self.shared] = self.place.to(z), self.place_sd.to(z)
+        rates = CoupledRates(self.genes, self.x, self.covariance, z.dtype, self.shared)
         # A module keeps its parts in a dictionary that a copy shares with it.
         guide._modules = {name: part for name, part in guide._modules.items() if name != "rates"}
         guide.rates, guide.own = rates, (z, scale)
@@ -183,28 +185,33 @@ class Search:
     def _around(self) -> tuple[Information, Tensor, Tensor]:
         """At a draw of all that is uncertain, and at its mirror image."""
         if self.covariance is None:
-            return self._either_side(torch.zeros_like(self.x), torch.zeros_like(self.clock))
+            return self._either_side(torch.zeros_like(self.x), torch.zeros_like(self.place))
         rates, w = self.covariance.draw()
-        return self._either_side(rates, bends(self.clock, self.n_warps) @ w)
+        return self._either_side(rates, self._bent(w))
 
-    def _either_side(self, rates: Tensor, clock: Tensor) -> tuple[Information, Tensor, Tensor]:
-        """Means over two mirrored points: the information; each cell's gradient and negative second derivative, (N,).
+    def _bent(self, w: Tensor) -> Tensor:
+        """How far w moves each cell, (N, C)."""
+        return bent(self.place[:, 0], w, len(self.shared))
 
-        The points lie off the means by `rates` (G, K) and `clock` (N,), and each cell by its sd to a random side.
+    def _either_side(self, rates: Tensor, place: Tensor) -> tuple[Information, Tensor, Tensor]:
+        """Means over two mirrored points: the information; gradient and negative second derivatives of cells, (N, C).
+
+        The points lie off the means by `rates` (G, K) and `place` (N, C), and each cell by its sd to a random side.
         """
-        side = torch.randn_like(self.clock).sign()
-        sites = [self._at(self.x + s * rates, self.clock + s * (clock + side * self.clock_sd)) for s in (1, -1)]
+        side = torch.randn_like(self.place).sign()
+        sites = [self._at(self.x + s * rates, self.place + s * (place + side * self.place_sd)) for s in (1, -1)]
         (one, slope), (other, opposite) = sites
-        return (one + other) * 0.5, (slope + opposite) / 2, (opposite - slope) * side / (2 * self.clock_sd)
+        return (one + other) * 0.5, (slope + opposite) / 2, (opposite - slope) * side / (2 * self.place_sd)
 
-    def _at(self, x: Tensor, clock: Tensor) -> tuple[Information, Tensor]:
-        """The information at a point, and the gradient of each cell's clock (N,)."""
+    def _at(self, x: Tensor, place: Tensor) -> tuple[Information, Tensor]:
+        """The information at a point, and the gradient of each cell's place (N, C)."""
         log_prior, gradient = self.genes.prior(x.to(self.z))
         n_genes, k = x.shape
-        warps = torch.zeros(self.n_warps, self.n_warps).to(x)
+        n = len(self.shared) * self.n_warps
+        warps = torch.zeros(n, n).to(x)
         total = Information(
             self.genes.precision,
-            torch.zeros(n_genes, k, self.n_warps).to(x),
+            torch.zeros(n_genes, k, n).to(x),
             warps,
             gradient,
             warps[0].clone(),
@@ -212,69 +219,75 @@ class Search:
         )
         slopes = []
         for batch in self._batches():
-            found, slope = self._batch(x, clock[batch.index], batch)
+            found, slope = self._batch(x, place[batch.index], batch)
             total = total + found
             slopes.append(slope)
         return total, torch.cat(slopes)
 
-    def _batch(self, x: Tensor, clock: Tensor, batch: Batch) -> tuple[Information, Tensor]:
+    def _batch(self, x: Tensor, place: Tensor, batch: Batch) -> tuple[Information, Tensor]:
         """The same of some cells."""
-        z = self._placed(clock, batch)
+        z = self._placed(place, batch)
         log_p, a, b = scores(self.program, self.fitted.guide, self.genes, x.to(z), z, batch)
         with torch.enable_grad():
-            first = z[:, 0].clone().requires_grad_()
-            log_latent = self.program.recipe.priors.latent.log_prob(first)
-            (pull,) = torch.autograd.grad(log_latent.sum(), first)
+            own = z[:, self.shared].clone().requires_grad_()
+            log_latent = self.program.recipe.priors.latent.log_prob(own)
+            (pull,) = torch.autograd.grad(log_latent.sum(), own)
         variance = float(self.program.recipe.priors.latent.variance)
-        weight, phi = self.trained[batch.index], bends(self.clock[batch.index], self.n_warps)
+        weight, phi = self.trained[batch.index], bends(self.place[batch.index, 0], self.n_warps)
         slope = b.sum(1, dtype=torch.float64) + pull.double()
-        depth = (b**2).sum(1, dtype=torch.float64) + 1 / variance
+        depth = (b.mT @ b).double() + torch.eye(len(self.shared)).to(self.place) / variance
+        # The bends of a coordinate follow those of the one before.
+        along = slope[..., None] * phi[:, None]
+        across = torch.einsum("ncdm,nl->cmdl", (weight[:, None, None] * depth)[..., None] * phi[:, None, None], phi)
         a = (a * weight.to(a)[:, None, None]).permute(1, 2, 0)
         information = Information(
             (a @ a.mT).double(),
-            ((a * b.T[:, None]) @ phi.to(b)).double(),
-            (phi * (weight * depth)[:, None]).T @ phi,
+            torch.cat([(a * each.T[:, None]) @ phi.to(a) for each in b.unbind(-1)], -1).double(),
+            across.reshape(2 * (phi.shape[1] * len(self.shared),)),
             a.sum(-1, dtype=torch.float64),
-            phi.T @ (weight * slope),
-            float((weight * (log_p + log_latent.detach().double())).sum()),
+            weight @ along.flatten(1),
+            float((weight * (log_p + log_latent.detach().double().sum(1))).sum()),
         )
         return information, slope
 
-    def _placed(self, clock: Tensor, batch: Batch) -> Tensor:
-        """The latent vectors (B, d) of cells, their clocks given."""
-        return torch.cat((clock.to(self.z)[:, None], self.z[batch.index, 1:]), 1)
+    def _placed(self, place: Tensor, batch: Batch) -> Tensor:
+        """The latent vectors (B, d) of cells, the coordinates that all rates follow given."""
+        z = self.z[batch.index]
+        z[:, self.shared] = place.to(z)
+        return z
 
     def _batches(self) -> Iterator[Batch]:
         size = max(1, CELLS_GENES_AT_ONCE // self.cells.n_genes)
         return self.cells.batches(torch.arange(len(self.cells), device=self.cells.molecules.device), size)
 
     def _move_cells(self, slope: Tensor, curvature: Tensor) -> None:
-        """Each clock by a step of its own, of one sd at most; its precision half of the way, twofold at most."""
-        precision = self.clock_sd**-2
+        """Each cell by a step of its own, of one sd at most; its precision half of the way, twofold at most."""
+        precision = self.place_sd**-2
         precision = precision + 0.5 * (curvature.clamp_min(0.5) - precision).clamp(-precision / 2, precision)
-        self.clock_sd = precision.rsqrt()
-        self.clock = self.clock + (0.7 * slope / precision).clamp(-self.clock_sd, self.clock_sd)
+        self.place_sd = precision.rsqrt()
+        self.place = self.place + (0.7 * slope / precision).clamp(-self.place_sd, self.place_sd)
 
     def _move_together(self, found: Information, covariance: Covariance) -> None:
-        """Newton's step of rates and bends, shorter where it would move a clock by more than `LARGEST_STEP`."""
+        """Newton's step of rates and bends, shorter where it would move a cell by more than `LARGEST_STEP`."""
         root, response, warp_root = covariance
         gradient = found.gradient_warps - torch.einsum("gkm,gk->m", response, found.gradient)
         w = warp_root @ (warp_root.mT @ gradient)
-        shift = bends(self.clock, self.n_warps) @ w
+        shift = self._bent(w)
         alone = root @ (root.mT @ found.gradient[..., None])
         share = min(0.7, LARGEST_STEP / max(float(shift.abs().max()), 1e-12))
         # Where a gene tells next to nothing, a Newton step could go anywhere.
         bound = LARGEST_STEPS * torch.linalg.vector_norm(root, dim=-1)
         self.x = self.x + share * (alone[..., 0].clamp(-bound, bound) - response @ w)
-        self.clock = self.clock + share * shift
+        self.place = self.place + share * shift
 
 
 def scores(
     program: Any, guide: AmortizedProgram, genes: Genes, x: Tensor, z: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each cell log p(u, s), (B,); of each cell and gene its gradient in x, (B, G, K), and in the clock, (B, G).
+    """Of each cell log p(u, s), (B,); of each cell and gene its gradients in x, (B, G, K), and in the place, (B, G, C).
 
-    x (G, K), z (B, d). The states' weights are those of the guide at z, which stay.
+    x (G, K), z (B, d). The place is the clock and, where it is inferred, the library size. The states' weights are
+    those of the guide at z, which stay.
     """
     drawn = poutine.trace(guide.cells).get_trace(batch, dist.Delta(z[:, None], event_dim=1)).nodes["pi"]["value"]
     with torch.enable_grad():
@@ -282,14 +295,18 @@ def scores(
         values = genes.values(each)
         fixed = {name: value.detach() for name, value in values.items()}
         first = z[:, :1].clone().requires_grad_()
-        own = program.times.own(batch.conditioned(torch.cat((first, z[:, 1:]), 1)), fixed)
+        own = program.times.own(batch.conditioned(torch.cat((first, program.of_kinetics(z)[:, 1:]), 1)), fixed)
         slope = _elementwise(own, first)
         time = own.detach().expand(each.shape[:2]).clone().requires_grad_()
         timed = program.times.at(time, values["switch_time"], values)
-        log_joint = program.explain_at(timed, values | {"pi": drawn.detach()}, batch).log_joint
+        # Of each gene its own, so that each has its gradient.
+        of_genes = z[:, None].expand(*each.shape[:2], z.shape[1]).clone().requires_grad_()
+        log_joint = program.explain_at(timed, values | {"pi": drawn.detach(), "z": of_genes}, batch).log_joint
         log_p = posterior_of_states(log_joint)[1]
-        in_x, in_time = torch.autograd.grad(log_p.sum(), (each, time))
-    return log_p.detach().sum(1, dtype=torch.float64), in_x, in_time * slope
+        of = (each, time) if program.library_sd is None else (each, time, of_genes)
+        in_x, in_time, *in_z = torch.autograd.grad(log_p.sum(), of)
+    in_place = torch.stack([in_time * slope, *(found[..., -1] for found in in_z)], -1)
+    return log_p.detach().sum(1, dtype=torch.float64), in_x, in_place
 
 
 def _elementwise(values: Tensor, of: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from torch import Tensor, nn
 
@@ -44,8 +45,10 @@ class AmortizedProgram(nn.Module):
         super().__init__()
         n_genes, model = program.n_genes, program.recipe
         self.states, self.n_genes = model.states, n_genes
+        self.of_kinetics = program.of_kinetics
+        self.rough_library = program.rough_library if program.library_sd is not None else None
         told = program.n_covariates
-        self.encoder = NormalEncoder(2 * n_genes + told, model.n_latent, recipe.hidden)
+        self.encoder = NormalEncoder(2 * n_genes + told, program.n_latent, recipe.hidden)
         self.state_decoder = Decoder(model.n_latent + told, n_genes, recipe.hidden_states, heads=model.states.heads)
         self.rates = recipe.rates(program)
         self.own: tuple[Tensor, Tensor] | None = None
@@ -63,6 +66,8 @@ class AmortizedProgram(nn.Module):
         if self.own is None:
             pyro.module("encoder", self.encoder)
             loc, scale = self.encoder(batch.seen)
+            if self.rough_library is not None:
+                loc = torch.cat((loc[:, :-1], loc[:, -1:] + self.rough_library(batch)), 1)
         else:
             loc, scale = (each[batch.index] for each in self.own)
         return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
@@ -83,4 +88,4 @@ class AmortizedProgram(nn.Module):
         with pyro.plate("cells", batch.n_cells, subsample=batch.index, dim=-2):
             z = pyro.sample("z", latent)
             with genes:
-                self.states.posterior(self.state_decoder(batch.conditioned(z.squeeze(-2))))
+                self.states.posterior(self.state_decoder(batch.conditioned(self.of_kinetics(z.squeeze(-2)))))

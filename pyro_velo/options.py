@@ -24,6 +24,7 @@ StatesName = Literal["dirichlet", "logistic-normal", "collapsed", "hard"]
 RatesName = Literal["point", "mean-field", "per-gene", "low-rank"]
 TimesName = Literal["per-gene", "shared", "hierarchical"]
 TranscriptionName = Literal["constant", "time-dependent"]
+LibraryName = Literal["known", "inferred"]
 Depth = Literal["total", "neighbours"]
 """What a cell's counts are scaled to: the median total of all cells, or that of the cells around it."""
 
@@ -57,6 +58,7 @@ class FitOptions:
     rates: RatesName = "mean-field"
     times: TimesName = "per-gene"
     transcription: TranscriptionName = "constant"
+    library: LibraryName = "known"
     depth: Depth | None = None
     batch_key: str | None = None
     covariates: tuple[str, ...] = ()
@@ -142,6 +144,7 @@ GRID: dict[str, tuple[str, ...]] = {
     "rates": get_args(RatesName),
     "times": get_args(TimesName),
     "transcription": get_args(TranscriptionName),
+    "library": get_args(LibraryName),
 }
 """What `pyro-velo compare` can vary, and the values that each takes."""
 

@@ -199,7 +199,7 @@ def _draw_batch(
         # A tensor: a number would be compiled in, and everything compiled again for the next.
         share = torch.tensor(1 / (i + 1))
         velocities[i] = take(values, batch, mean, squares, share)
-        z = z + values["z"].squeeze(-2) / len(rates)
+        z = z + values["z"].squeeze(-2)[:, : fitted.program.recipe.n_latent] / len(rates)
     sd = {name: (value / (len(rates) - 1)).sqrt() for name, value in squares.items()}
     return Draws(velocities, mean, sd, z)
 

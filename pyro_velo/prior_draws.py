@@ -129,17 +129,21 @@ def draw_from_prior(model: VelocityModel, like: Cells | tuple[int, int], *, seed
         program, batch = model.build(like), like.batch(torch.arange(n, device=device))
         values = _genes(program)
         latent = model.priors.latent
-        z = latent.sample((n, model.n_latent)).to(like.u)
+        every = latent.sample((n, program.n_latent)).to(like.u)
+        z = program.of_kinetics(every)
         timed = _times(program, (z - latent.mean) / latent.stddev, z, values, batch)
         program.times = _Known(timed)
         # Any probabilities that are alike do: they say nothing of the states.
-        told = program.explain(values | {"z": z[:, None], "pi": like.u.new_ones(n, g, len(C_K))}, batch)
+        told = program.explain(values | {"z": every[:, None], "pi": like.u.new_ones(n, g, len(C_K))}, batch)
         log_weights = program.weighted(like.u.new_zeros(len(C_K), n, g), timed)
         state = dist.Categorical(logits=log_weights.movedim(0, -1)).sample()
         u, s, velocity, time = _picked(told, state)
         scale = program.state_scale[:, 0, 0][state]
+        values = values | {"z": every[:, None]}
         molecules = torch.stack([each.sample() for each in program.likelihoods(u, s, values, batch, scale)])
-    return Simulated(_measured(like, molecules), values, u, s, velocity, time, state)
+        cells = _measured(like, molecules, program.size_factors(values, batch))
+        del values["z"]
+    return Simulated(cells, values, u, s, velocity, time, state)
 
 
 def _genes(program: VelocityProgram) -> dict[str, Tensor]:
@@ -196,10 +200,10 @@ def _picked(told: Explained, state: Tensor) -> list[Tensor]:
     return found
 
 
-def _measured(like: Cells, molecules: Tensor) -> Cells:
-    """The molecules in the place of those of `like`, all else the same."""
-    if like.counts is None:
+def _measured(like: Cells, molecules: Tensor, sizes: Tensor | None) -> Cells:
+    """The molecules and the size factors in the place of those of `like`, all else the same."""
+    if like.counts is None or sizes is None:
         return replace(like, molecules=molecules)
-    counts = like.counts
-    scaled = (molecules / counts.size_factors - counts.zero) / counts.unit
-    return replace(like, molecules=molecules, counts=replace(counts, scaled=scaled))
+    scaled = (molecules / sizes - like.counts.zero) / like.counts.unit
+    counts = replace(like.counts, size_factors=sizes.contiguous(), scaled=scaled)
+    return replace(like, molecules=molecules, counts=counts)

@@ -168,7 +168,7 @@ def test_fit_passes_every_option_on(api: SimpleNamespace, file: Path) -> None:
 def test_fit_passes_every_part_on(api: SimpleNamespace, file: Path) -> None:
     options = (
         "--likelihood nb --states dirichlet --rates low-rank --times shared --transcription time-dependent "
-        "--batch-key lab --covariate age --covariate sex --prior alpha=LogNormal(0,1)"
+        "--library inferred --batch-key lab --covariate age --covariate sex --prior alpha=LogNormal(0,1)"
     )
     assert main(["fit", str(file), "-o", "out.h5ad", *options.split()]) == 0
     expected = FitOptions(
@@ -177,6 +177,7 @@ def test_fit_passes_every_part_on(api: SimpleNamespace, file: Path) -> None:
         rates="low-rank",
         times="shared",
         transcription="time-dependent",
+        library="inferred",
         batch_key="lab",
         covariates=("age", "sex"),
         priors=("alpha=LogNormal(0,1)",),

@@ -318,7 +318,7 @@ def test_the_grid_is_the_product() -> None:
 @pytest.mark.parametrize(
     ("texts", "match"),
     [
-        (["noise=nb"], "Expected a grid of likelihood, states, rates, times, transcription; got 'noise=nb'"),
+        (["noise=nb"], "Expected a grid of likelihood, states, rates, times, transcription, library; got 'noise=nb'"),
         (["nb"], "got 'nb'"),
         (
             ["likelihood=nb,gauss"],

@@ -13,6 +13,8 @@ from small import MODEL, settings, small_adata, small_cells
 from torch import Tensor
 
 import pyro_velo as pv
+from pyro_velo import simulate
+from pyro_velo.batch import Cells
 from pyro_velo.coupled_rates import CoupledRates, Genes, bends
 from pyro_velo.coupling import Information, Search, applies, couple, scores
 from pyro_velo.evidence import evidence
@@ -25,6 +27,7 @@ from pyro_velo.train import Fitted, train
 
 GUIDE = Amortized(rates=PerGene(), hidden=(8,), hidden_states=(8,))
 SHARED = replace(MODEL, times=TIMES["shared"](), likelihood=pv.likelihoods.Tobit())
+COUNTED = replace(SHARED, likelihood=pv.likelihoods.NB(), library=pv.library.Inferred())
 G, K, M = 3, 2, 4
 
 
@@ -43,6 +46,22 @@ def uncoupled() -> Fit:
 @pytest.fixture(scope="module")
 def fit(uncoupled: Fit) -> Fit:
     return replace(uncoupled, fitted=couple(uncoupled.fitted, uncoupled.data.cells, progress=False))
+
+
+def counted_cells(n_cells: int = 40, n_genes: int = 5) -> Cells:
+    """Counts of cells whose libraries differ."""
+    settings = simulate.Settings(
+        noise=simulate.NegativeBinomial(library_size=simulate.LibrarySize(sd=0.5)),
+        kinetics=simulate.LogNormalRates(drop=0),
+    )
+    adata = pv.to_anndata(simulate.simulate(n_cells, n_genes, settings=settings))
+    return pv.velocity_data(adata, as_is=True, counts=True).cells
+
+
+def doubled(cells: Cells) -> Cells:
+    """The same in float64."""
+    counts = cells.counts and replace(cells.counts, **{name: each.double() for name, each in vars(cells.counts).items()})
+    return replace(cells, molecules=cells.molecules.double(), counts=counts)
 
 
 def arrow(seed: int = 0) -> tuple[Information, Tensor]:
@@ -96,18 +115,18 @@ def test_bends_add_up_to_one_and_are_smooth() -> None:
     assert found.diff(dim=0).abs().max() < 0.15
 
 
-@pytest.mark.parametrize("times", ["shared", "hierarchical"])
+@pytest.mark.parametrize("times", ["shared", "hierarchical", "shared, library inferred"])
 def test_scores_are_the_gradients_of_the_log_likelihood(double: None, times: str) -> None:
-    model = replace(SHARED, times=TIMES[times](), priors=pv.Priors())
-    cells = small_cells()
-    cells = replace(cells, molecules=cells.molecules.double())
+    times, _, inferred = times.partition(",")
+    model = replace(COUNTED if inferred else SHARED, times=TIMES[times](), priors=pv.Priors())
+    cells = doubled(counted_cells() if inferred else small_cells())
     fitted = train(model, GUIDE, cells, settings=settings(max_epochs=1), progress=False)
     with fitted.parameters():
         batch = cells.batch(torch.arange(7))
         genes = Genes(fitted.program, fitted.guide.rates.marginals())
         torch.manual_seed(0)
-        x, z = genes.start() + 0.1 * torch.randn(5, len(genes.coupled)), torch.randn(7, 2)
-        log_p, in_x, in_clock = scores(fitted.program, fitted.guide, genes, x, z, batch)
+        x, z = genes.start() + 0.1 * torch.randn(5, len(genes.coupled)), torch.randn(7, fitted.program.n_latent)
+        log_p, in_x, in_place = scores(fitted.program, fitted.guide, genes, x, z, batch)
         torch.testing.assert_close(scores(fitted.program, fitted.guide, genes, x, z, batch)[0], log_p)
 
         def moved(k: int, h: float) -> Tensor:
@@ -122,13 +141,18 @@ def test_scores_are_the_gradients_of_the_log_likelihood(double: None, times: str
         cell_sites = poutine.trace(fitted.guide.cells).get_trace(batch, dist.Delta(z[:, None], event_dim=1))
         values = genes.values(x) | {"pi": cell_sites.nodes["pi"]["value"]}
 
-        def read(h: float) -> Tensor:
-            own = fitted.program.times.own(z + h * torch.tensor([1.0, 0.0]), values)
+        def read(h: float, dimension: int) -> Tensor:
+            at = z.clone()
+            at[:, dimension] += h
+            own = fitted.program.times.own(fitted.program.of_kinetics(at), values)
             timed = fitted.program.times.at(own.expand(7, 5), values["switch_time"], values)
-            return posterior_of_states(fitted.program.explain_at(timed, values, batch).log_joint)[1]
+            told = fitted.program.explain_at(timed, values | {"z": at[:, None]}, batch)
+            return posterior_of_states(told.log_joint)[1]
 
-        torch.testing.assert_close(in_clock, (read(1e-6) - read(-1e-6)) / 2e-6, rtol=1e-4, atol=1e-4)
-        assert (in_clock != 0).any()
+        for k, dimension in enumerate([0, -1] if inferred else [0]):
+            slope = (read(1e-6, dimension) - read(-1e-6, dimension)) / 2e-6
+            torch.testing.assert_close(in_place[..., k], slope, rtol=1e-4, atol=1e-4)
+            assert (slope != 0).any()
 
 
 def test_the_prior_is_the_models(double: None, alone: Fitted) -> None:
@@ -158,7 +182,7 @@ def test_other_fits_come_back_as_they_are(alone: Fitted) -> None:
 
 
 def test_steps_that_lead_nowhere_are_not_taken(alone: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Search, "_move_together", lambda self, *_: setattr(self, "clock", self.clock + 3))
+    monkeypatch.setattr(Search, "_move_together", lambda self, *_: setattr(self, "place", self.place + 3))
     with pytest.warns(UserWarning, match="could not be coupled"):
         assert couple(alone, small_cells(), progress=False) is alone
 
@@ -204,10 +228,11 @@ def test_a_saved_fit_is_coupled_as_it_was(tmp_path) -> None:
     np.testing.assert_array_equal(again.posterior(draws=4).velocity, fit.posterior(draws=4).velocity)
 
 
-@pytest.mark.parametrize("times", ["shared", "hierarchical"])
+@pytest.mark.parametrize("times", ["shared", "hierarchical", "shared, library inferred"])
 def test_a_coupled_guide_draws_the_models_sites_in_their_shapes(times: str) -> None:
-    cells = small_cells()
-    fitted = train(replace(SHARED, times=TIMES[times]()), GUIDE, cells, settings=settings(max_epochs=1), progress=False)
+    times, _, inferred = times.partition(",")
+    cells, model = (counted_cells(), COUNTED) if inferred else (small_cells(), SHARED)
+    fitted = train(replace(model, times=TIMES[times]()), GUIDE, cells, settings=settings(max_epochs=1), progress=False)
     with fitted.parameters():
         search = Search(fitted, cells)
         search.round()

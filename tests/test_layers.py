@@ -32,7 +32,7 @@ LAYERS: dict[int, set[str]] = {
         "data.anndata_keys",
     },
     1: {
-        *("priors", "likelihoods", "states", "initial", "mixture", "times", "transcription"),
+        *("priors", "likelihoods", "states", "initial", "mixture", "times", "transcription", "library"),
         *("emission", "gaussian_mixture", "cluster_sizes", "assignments"),
     },
     2: {"models", "rates", "guides", "encoders"},

@@ -5,7 +5,7 @@ r"""RNA velocity as a Pyro program (Gayoso et al. 2023, with priors on the rates
 | alpha, beta, gamma, switch_time; those of the transcription and of the times; noise_unspliced, noise_spliced or what
   else the likelihood has | (G,) | |
 | batch_effect_unspliced, batch_effect_spliced, with experimental batches | (G,) | batches |
-| z | (B, 1) | d |
+| z | (B, 1) | d, and one more where library sizes are inferred |
 | pi | (B, G) | 4 |
 | molecules | (B, G) | 2 |
 """
@@ -23,8 +23,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_velo.batch import Batch, Cells
+from pyro_velo.errors import InputError
 from pyro_velo.initial import Initialisation, Start, SteadyState, rates_by_order, rough_order
 from pyro_velo.kinetics import T_MAX, Rates, repression, velocity
+from pyro_velo.library import Known, Library, rough
 from pyro_velo.likelihoods import Likelihood, Normal
 from pyro_velo.mixture import JointMixture
 from pyro_velo.models.base import Model
@@ -94,6 +96,7 @@ class VelocityModel(Model):
     states: StateFamily = field(default_factory=Collapsed)
     times: Times = field(default_factory=PerGene)
     transcription: Transcription = field(default_factory=Constant)
+    library: Library = field(default_factory=Known)
     initial: Initialisation = field(default_factory=SteadyState)
     penalty: SwitchPenalty = field(default_factory=SwitchPenalty)
     order: OrderPenalty = field(default_factory=OrderPenalty)
@@ -101,7 +104,15 @@ class VelocityModel(Model):
     hidden: Sequence[int] = (128,)
 
     def build(self, cells: Cells) -> VelocityProgram:
-        """The program for these cells' genes, its start values read off the cells."""
+        """The program for these cells' genes, its start values read off the cells.
+
+        Raises `InputError` where library sizes are to be inferred of what is not counts.
+        """
+        if self.library.inferred and not cells.counts:
+            raise InputError(
+                "Expected raw counts, whose library sizes can be inferred; got scaled layers. Use a likelihood of "
+                "counts such as NB(), or library=Known()."
+            )
         return VelocityProgram(self, cells)
 
 
@@ -124,6 +135,8 @@ class VelocityProgram(nn.Module):
         self.register_buffer("zero", cells.counts.zero if cells.counts else None)
         self.register_buffer("order", cells.order, persistent=False)
         self.register_buffer("unit", cells.counts.unit if cells.counts else None)
+        self.library_sd: Tensor | None
+        self.register_buffer("library_sd", recipe.library.spread(cells.counts.size_factors) if cells.counts else None)
 
     def _start(self, cells: Cells) -> Start:
         """Start values of every gene-level site."""
@@ -158,15 +171,38 @@ class VelocityProgram(nn.Module):
             at_switch = recipe.transcription.induction(rates, values, rates.switch_time)
             recipe.penalty(*at_switch, self.start, self.ratio, batch.n_cells)
         with cells:
-            z = pyro.sample("z", priors.latent.expand([recipe.n_latent]).to_event(1))
-            timed = self.times(batch.conditioned(z.squeeze(-2)), rates.switch_time, values)
+            z = pyro.sample("z", priors.latent.expand([self.n_latent]).to_event(1))
+            timed = self.times(batch.conditioned(self.of_kinetics(z.squeeze(-2))), rates.switch_time, values)
             if timed.shared is not None:
                 recipe.order(timed.shared, self.rough_order(batch), self.n_genes)
             with genes:
                 log_weights = recipe.states.prior(priors.concentration, batch.u)
                 means = self.means(rates, values, timed)
-                mixture = self.mixture(self.weighted(log_weights, timed), means, values, batch)
+                mixture = self.mixture(self.weighted(log_weights, timed), means, values | {"z": z}, batch)
                 pyro.sample("molecules", mixture, obs=batch.molecules.movedim(0, -1))
+
+    @property
+    def n_latent(self) -> int:
+        """How many latent dimensions a cell has, its library size among them where that is inferred."""
+        return self.recipe.n_latent + (self.library_sd is not None)
+
+    def of_kinetics(self, z: Tensor) -> Tensor:
+        """Without the library size, which says nothing of times and states: (B, d)."""
+        return z[:, : self.recipe.n_latent]
+
+    def size_factors(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
+        """Those of unspliced and spliced, (2, B, 1), or (2, B, G) where `values` has a z for each gene."""
+        if self.library_sd is None:
+            return batch.size_factors
+        prior = self.recipe.priors.latent
+        standard = (values["z"][..., -1] - prior.mean) / prior.stddev
+        return torch.exp(self.library_sd * standard).expand(2, -1, -1)
+
+    def rough_library(self, batch: Batch) -> Tensor:
+        """Where the last latent dimension of each cell starts, (B, 1)."""
+        assert self.library_sd is not None and batch.size_factors is not None
+        prior = self.recipe.priors.latent
+        return prior.mean + prior.stddev * rough(batch.size_factors) / self.library_sd
 
     def rough_order(self, batch: Batch) -> Tensor:
         """The order of the batch's cells before any fit, (B,) in [0, 1]."""
@@ -223,23 +259,27 @@ class VelocityProgram(nn.Module):
         self, u: Tensor, s: Tensor, values: Mapping[str, Tensor], batch: Batch, scale: Tensor | float
     ) -> tuple[TorchDistribution, TorchDistribution]:
         """p(unspliced) and p(spliced) around their means, both given in units of scaled spliced."""
-        found = []
+        found, sizes = [], self.size_factors(values, batch)
         for i, (molecule, mean) in enumerate(zip(MOLECULES, (u / self.ratio, s), strict=True)):
             if batch.group is not None:
                 mean = mean * torch.exp(batch_effect(values[f"batch_effect_{molecule}"], batch.group))
-            if self.unit is not None and self.zero is not None and batch.size_factors is not None:
-                mean = batch.size_factors[i] * (self.zero[i] + self.unit[i] * mean)
+            if self.unit is not None and self.zero is not None and sizes is not None:
+                mean = sizes[i] * (self.zero[i] + self.unit[i] * mean)
             own = {kind: values[f"{kind}_{molecule}"] for kind in self.recipe.likelihood.parameters}
             found.append(self.recipe.likelihood(mean, own, scale))
         return found[0], found[1]
 
     def explain(self, values: Mapping[str, Tensor], batch: Batch) -> Explained:
         """What a draw of every latent site (by name) says of the cells of `batch`, state by state."""
-        timed = self.times(batch.conditioned(values["z"].squeeze(-2)), values["switch_time"], values)
+        z = self.of_kinetics(values["z"].squeeze(-2))
+        timed = self.times(batch.conditioned(z), values["switch_time"], values)
         return self.explain_at(timed, values, batch)
 
     def explain_at(self, timed: Timed, values: Mapping[str, Tensor], batch: Batch) -> Explained:
-        """As `explain`, the times given; gene-level values are (G,) or, one for each cell, (B, G)."""
+        """As `explain`, the times given; gene-level values are (G,) or, one for each cell, (B, G).
+
+        z (B, 1, d), or (B, G, d) where each gene has its own.
+        """
         rates = Rates(*(values[name] for name in RATES))
         means = self.means(rates, values, timed)
         (u_on, _, u_off, _), (s_on, _, s_off, _) = means

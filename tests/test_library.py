@@ -1,0 +1,116 @@
+"""Laws of library sizes: taken as they are, or told apart from expression by cells of all times having the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from small import GUIDE, MODEL, settings, small_cells
+
+import pyro_velo as pv
+from pyro_velo import simulate
+from pyro_velo.errors import InputError
+from pyro_velo.library import LEAST_SD, Inferred, Known, rough
+from pyro_velo.prior_draws import typical_cells
+from pyro_velo.train import train
+
+NB = replace(MODEL, likelihood=pv.likelihoods.NB())
+INFERRED = replace(NB, library=Inferred())
+
+
+def test_what_is_known_stays_and_has_no_dimension() -> None:
+    cells = typical_cells(30, 4, counts=True)
+    program, batch = NB.build(cells), cells.batch(torch.arange(9))
+    assert program.n_latent == NB.n_latent and Known().spread(cells.counts.size_factors) is None
+    torch.testing.assert_close(program.size_factors({}, batch), batch.size_factors)
+
+
+def test_the_last_dimension_is_the_library_whatever_the_prior_of_z(double: None) -> None:
+    cells = typical_cells(30, 4, counts=True)
+    for prior in (pyro.distributions.Normal(0.0, 1.0), pyro.distributions.Normal(1.0, 0.2)):
+        program = replace(INFERRED, priors=pv.Priors(latent=prior)).build(cells)
+        batch = cells.batch(torch.arange(30))
+        assert program.n_latent == NB.n_latent + 1
+        z = prior.sample((20_000, 1, program.n_latent))
+        size = program.size_factors({"z": z}, batch)
+        torch.testing.assert_close(size[0], size[1])
+        # log l ~ Normal(0, sd), the median one.
+        assert abs(size.log().mean()) < 0.01 and abs(size.log().std() / program.library_sd - 1) < 0.02
+        # A guide that adds nothing starts at the rough sizes.
+        start = torch.zeros(30, 1, program.n_latent)
+        start[:, 0, -1:] = program.rough_library(batch)
+        torch.testing.assert_close(program.size_factors({"z": start}, batch)[0].log(), rough(batch.size_factors))
+
+
+def test_the_spread_is_that_of_the_rough_sizes_or_the_one_given() -> None:
+    factors = torch.exp(0.4 * torch.randn(2, 5000, 1, generator=torch.Generator().manual_seed(0)))
+    # The mean of two that are independent.
+    assert abs(Inferred().spread(factors) - 0.4 / 2**0.5) < 0.01
+    assert float(Inferred(sd=0.7).spread(factors)) == pytest.approx(0.7)
+    assert float(Inferred().spread(torch.ones(2, 9, 1))) == pytest.approx(LEAST_SD)
+
+
+def test_times_and_states_are_not_told_the_library() -> None:
+    cells = typical_cells(30, 4, counts=True)
+    program = INFERRED.build(cells)
+    guide, batch = GUIDE(program), cells.batch(torch.arange(6))
+    z = torch.randn(6, 1, program.n_latent)
+    other = z + torch.tensor([0.0] * NB.n_latent + [1.0])
+
+    def told(at: torch.Tensor) -> tuple[dict, object]:
+        with pyro.validation_enabled(False):
+            torch.manual_seed(0)
+            genes = poutine.trace(program.sample_genes).get_trace()
+            values = {name: genes.nodes[name]["value"] for name in genes.stochastic_nodes}
+            cell = poutine.trace(guide.cells).get_trace(batch, pyro.distributions.Delta(at, event_dim=1))
+        return cell.nodes["pi"]["value"], program.explain(values | {"z": at, "pi": cell.nodes["pi"]["value"]}, batch)
+
+    (states, one), (same_states, two) = told(z), told(other)
+    torch.testing.assert_close(states, same_states)
+    torch.testing.assert_close(one.t[0], two.t[0])
+    torch.testing.assert_close(one.u[0], two.u[0])
+    assert not torch.allclose(one.log_joint[0], two.log_joint[0])
+
+
+def test_libraries_are_told_from_expression_where_totals_mix_them() -> None:
+    """Genes of one process all rise at first: a total says early cells were sequenced less than they were."""
+    noise = simulate.NegativeBinomial(library_size=simulate.LibrarySize(depth=10.0, sd=0.3))
+    chosen = simulate.Settings(noise=noise, kinetics=simulate.LogNormalRates(drop=0))
+    adata = pv.to_anndata(simulate.simulate(300, 40, settings=chosen, seed=0))
+    data = pv.velocity_data(adata, as_is=True, counts=True)
+    model = replace(INFERRED, times=pv.times.Shared(), hidden=(32,), n_latent=4)
+    guide = pv.guides.Amortized(rates=pv.rates.PerGene(), hidden=(32,), hidden_states=(32,))
+    order = torch.from_numpy(adata.obs["true_t"].rank(pct=True).to_numpy(np.float32))
+    cells = replace(data.cells, order=order)
+    fitted = train(model, guide, cells, settings=pv.TrainSettings(max_steps=800), progress=False)
+    batch = cells.batch(torch.arange(300))
+    with fitted.parameters(), torch.no_grad():
+        z = fitted.guide.encode(batch).base_dist.loc
+        found = fitted.program.size_factors({"z": z}, batch)[0, :, 0].log().numpy()
+    truth = np.log(adata.obs["true_library"] / adata.obs["true_library"].median()).to_numpy()
+    start = rough(batch.size_factors)[:, 0].numpy()
+    for early in (adata.obs["true_t"] < 4, adata.obs["true_t"] > 16):
+        assert abs((found - truth)[early].mean()) < 0.5 * abs((start - truth)[early].mean())
+    assert np.corrcoef(found, truth)[0, 1] > 0.9 > np.corrcoef(start, truth)[0, 1]
+
+
+def test_scaled_layers_have_no_library() -> None:
+    with pytest.raises(InputError, match=r"Expected raw counts.*Use a likelihood of\s+counts such as NB\(\)"):
+        replace(MODEL, library=Inferred()).build(small_cells())
+
+
+def test_it_is_kept_refined_and_written(tmp_path) -> None:
+    noise = simulate.NegativeBinomial()
+    chosen = simulate.Settings(noise=noise, kinetics=simulate.LogNormalRates(drop=0))
+    adata = pv.to_anndata(simulate.simulate(40, 5, settings=chosen))
+    data = pv.velocity_data(adata, as_is=True, counts=True)
+    fit = pv.fit(INFERRED, GUIDE, adata, settings=settings(), data=data, save=tmp_path, progress=False)
+    again = pv.load(tmp_path, INFERRED, GUIDE, adata, as_is=True)
+    np.testing.assert_array_equal(again.posterior(draws=3).velocity, fit.posterior(draws=3).velocity)
+    assert np.isfinite(fit.refined(progress=False).posterior(draws=3).velocity).all()
+    fit.write(adata, draws=3)
+    assert adata.obsm["X_velocity_latent"].shape == (40, INFERRED.n_latent)
