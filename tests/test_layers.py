@@ -32,7 +32,7 @@ LAYERS: dict[int, set[str]] = {
     },
     1: {
         *("priors", "likelihoods", "states", "initial", "mixture", "times", "transcription"),
-        *("emission", "gaussian_mixture", "cluster_sizes", "assignments"),
+        *("emission", "gaussian_mixture", "cluster_sizes", "assignments", "communities"),
     },
     2: {"models", "rates", "guides", "encoders"},
     3: {
