@@ -169,8 +169,8 @@ def mnist_labels(seed: int) -> dict[str, Any]:
     cells, digit = _digits()
     known = np.random.default_rng(seed).random(len(digit)) < SHARE_OF_LABELS
     cells = replace(cells, labels=torch.from_numpy(np.where(known, digit, UNKNOWN)))
-    model = pv.CGMDVAE(10, Bernoulli(), classify=1 / SHARE_OF_LABELS, **DIGITS)
-    settings, start = replace(TRAINING, seed=seed), replace(SPREAD, neighbours=7)
+    model = pv.CGMDVAE(10, Bernoulli(), classify=5.0, **DIGITS)
+    settings, start = replace(TRAINING, seed=seed), replace(SPREAD, neighbours=5, sure=0.9, passes=2)
     fitted = fit_profiles(model, Encoder(DIGITS["hidden"]), cells, settings=settings, start=start, progress=False)
     return {"accuracy of the others": float((_clusters(fitted, cells) == digit)[~known].mean())}
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
 from pyro_velo.communities import communities, neighbour_graph, spread
@@ -28,7 +29,7 @@ from pyro_velo.models.cgmdvae import CGMDVAE
 from pyro_velo.models.gmvae import GMVAE
 from pyro_velo.models.mixing import check_clusters
 from pyro_velo.models.vae import VAE
-from pyro_velo.profiles import Profiles
+from pyro_velo.profiles import UNKNOWN, Profiles
 from pyro_velo.train import Fitted, TrainSettings, train
 
 Array = NDArray[np.float64]
@@ -54,7 +55,10 @@ class StartSettings:
         neighbours: of each cell in the graph whose communities the clusters start from, or along which labels spread,
         in place of EM (0: EM); for groups that are no ellipses. It joins cells that are near in the latent space, and,
         where nothing else is told of them, in the principal components of what the encoder sees.
-        warmup: the share of the epochs after the VAE, which has had a warm-up of its own, in which the KL rises again.
+        sure: of the cells without a label, the share that is trained with the one that reaches them along the graph,
+        the surest first (Lee 2013, Pseudo-label). passes: fits, each of which goes on from the networks of the one
+        before and finds its clusters, and those cells, anew. warmup: the share of the epochs after the VAE, which has
+        had a warm-up of its own, in which the KL rises again.
     """
 
     vae_steps: int = 800
@@ -62,15 +66,19 @@ class StartSettings:
     inits: int = 5
     over: int = 1
     neighbours: int = 0
+    sure: float = 0.0
+    passes: int = 1
     warmup: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no start can be made with."""
-        for name in ("vae_steps", "restarts", "inits", "over"):
+        for name in ("vae_steps", "restarts", "inits", "over", "passes"):
             if getattr(self, name) < 1:
                 raise InputError(f"Expected {name} of 1 or more; got {getattr(self, name)}. Leave it out.")
         if self.neighbours < 0:
             raise InputError(f"Expected neighbours of 0 or more; got {self.neighbours}. 15 is usual, 0 is EM.")
+        if not 0 <= self.sure <= 1:
+            raise InputError(f"Expected a share of sure cells in [0, 1]; got {self.sure}. Leave it out.")
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,18 @@ class Started:
         return cls(cells, fitted, latent_means(fitted, cells), guide, settings, start, progress, view)
 
     def fit(self, model: Mixed) -> Fitted:
-        """The best of the restarts by the held-out bound; after Ctrl-C that of those that there are."""
+        """The best of the restarts by the held-out bound, and what later passes make of it; see `StartSettings`.
+
+        After Ctrl-C it is the best of those that there are.
+        """
+        fitted = self._best(model)
+        for _ in range(self.start.passes - 1):
+            if fitted.interrupted or model.n_clusters == 1:
+                break
+            fitted = replace(self, vae=fitted, z=latent_means(fitted, self.cells))._best(model)
+        return fitted
+
+    def _best(self, model: Mixed) -> Fitted:
         found: list[Fitted] = []
         for begun in self._starts(model):
             found.append(self._fit(model, begun))
@@ -186,13 +205,27 @@ class Started:
         labels = self.cells.labels
         return None if labels is None else labels.cpu().numpy()
 
+    def _taught(self, n_clusters: int) -> Profiles:
+        """The cells, the surest of which have the label that reached them."""
+        labels = self._labels()
+        if labels is None or not self.start.sure or not self.start.neighbours:
+            return self.cells
+        shares = spread(_graph(self.z, self.view, self.start.neighbours), labels, n_clusters)
+        lead = np.diff(np.sort(shares, 1)[:, -2:], axis=1).squeeze(1)
+        unknown = (labels == UNKNOWN) & (lead > 0)
+        if not unknown.any():
+            return self.cells
+        sure = unknown & (lead >= np.quantile(lead[unknown], 1 - self.start.sure))
+        taught = np.where(sure, shares.argmax(1), labels)
+        return replace(self.cells, labels=torch.from_numpy(taught).to(self.cells.device))
+
     def _fit(self, model: Mixed, begun: Start) -> Fitted:
         decoding = {f"decoding.{name}": value for name, value in self.vae.program.decoding.state_dict().items()}
         encoder = {f"encoder.{name}": value for name, value in self.vae.guide.encoder.state_dict().items()}
         return train(
             _ModelFrom(model, decoding, begun),
             _GuideFrom(self.guide, encoder, begun),
-            self.cells,
+            self._taught(model.n_clusters),
             settings=replace(
                 self.settings,
                 warmup=self.start.warmup,
@@ -283,12 +316,16 @@ def _groups(
     known = labels is None or np.isin(np.arange(n_clusters), labels).all()
     if not settings.neighbours or n_clusters == 1 or not known:
         return None
-    graph = neighbour_graph(z, settings.neighbours)
-    if view is not None:
-        graph = graph + neighbour_graph(view, settings.neighbours)
+    graph = _graph(z, view, settings.neighbours)
     if labels is None:
         return communities(graph, z, n_clusters, inits=settings.inits, seed=seed)
-    return spread(graph, labels, n_clusters)
+    shares = spread(graph, labels, n_clusters)
+    return np.where(shares.any(1), shares.argmax(1), UNKNOWN)
+
+
+def _graph(z: Array, view: Array | None, neighbours: int) -> csr_matrix:
+    graph = neighbour_graph(z, neighbours)
+    return graph if view is None else graph + neighbour_graph(view, neighbours)
 
 
 def _components(cells: Profiles, seed: int) -> Array:

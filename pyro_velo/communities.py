@@ -61,18 +61,19 @@ def communities(graph: sparse.csr_matrix, z: Array, n_groups: int, *, inits: int
     return max(tries, key=lambda groups: modularity(graph, groups))
 
 
-def spread(graph: sparse.csr_matrix, labels: Labels, n_groups: int) -> Labels:
-    r"""Each cell's likeliest label, given those of some: -1 where none reaches it, in `labels` where none is known.
+def spread(graph: sparse.csr_matrix, labels: Labels, n_groups: int) -> Array:
+    r"""What reaches each cell of the labels of some, as shares (N, K) that sum to one; 0 where none does.
 
     $F = (I - \alpha S)^{-1} Y$ with $S = D^{-1/2} W D^{-1/2}$ (Zhou et al. 2004, eq. 4), in which each label weighs
-    one, however many cells have it. Shapes: `labels` and the result (N,).
+    one, however many cells have it. `labels` (N,) are -1 where none is known.
     """
     root = sparse.diags_array(np.asarray(graph.sum(1)).ravel() ** -0.5)
     system = sparse.eye_array(len(labels)) - REACH * (root @ graph @ root)
     given = (labels[:, None] == np.arange(n_groups)).astype(np.float64)
     given /= np.maximum(given.sum(0), 1)
-    reached = np.stack([cg(system, y, rtol=1e-6)[0] for y in given.T], 1)
-    return np.where(reached.max(1) > 0, reached.argmax(1), -1)
+    reached = np.stack([cg(system, y, rtol=1e-6)[0] for y in given.T], 1).clip(0)
+    total = reached.sum(1, keepdims=True)
+    return np.divide(reached, total, out=np.zeros_like(reached), where=total > 0)
 
 
 def _links(graph: sparse.csr_matrix, groups: Labels, n: int) -> Array:

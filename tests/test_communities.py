@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_allclose
 from scipy import sparse
 
 from pyro_velo.agreement import agreement
-from pyro_velo.clustering import StartSettings, mixture_start
+from pyro_velo.clustering import TRAINING, Started, StartSettings, mixture_start
 from pyro_velo.communities import communities, modularity, neighbour_graph, spread
+from pyro_velo.encoders import Encoder
 from pyro_velo.errors import InputError
-from pyro_velo.profiles import UNKNOWN
+from pyro_velo.profiles import UNKNOWN, Profiles
 
 
 def rings(rng: np.random.Generator, n: int = 400) -> tuple[np.ndarray, np.ndarray]:
@@ -64,12 +66,13 @@ def test_labels_spread_along_the_graph_and_no_further(rng: np.random.Generator) 
     for k, n in ((0, 2), (1, 8)):
         known[rng.choice(np.flatnonzero(label[:400] == k), n, replace=False)] = k
     found = spread(neighbour_graph(z, 10), known, 2)
-    assert (found[:400] == label[:400]).all() and (found[400:] == -1).all()
+    assert (found[:400].argmax(1) == label[:400]).all() and not found[400:].any()
+    assert_allclose(found[:400].sum(1), 1)
     graph = neighbour_graph(z[:400], 10)
     ends = graph.toarray().sum(1) ** -0.5
     given = np.stack([(known[:400] == k) / (known == k).sum() for k in (0, 1)], 1)
     exact = np.linalg.solve(np.eye(400) - 0.99 * ends[:, None] * graph.toarray() * ends, given)
-    np.testing.assert_array_equal(spread(graph, known[:400], 2), exact.argmax(1))
+    assert_allclose(spread(graph, known[:400], 2), exact / exact.sum(1, keepdims=True), atol=1e-4)
 
 
 @pytest.mark.parametrize("correlated", [False, True])
@@ -90,3 +93,15 @@ def test_a_start_has_the_moments_of_its_groups(correlated: bool, rng: np.random.
 def test_a_number_of_neighbours_below_none_is_refused() -> None:
     with pytest.raises(InputError, match="Expected neighbours of 0 or more; got -1"):
         StartSettings(neighbours=-1)
+
+
+def test_the_surest_cells_are_taught_the_label_that_reached_them(rng: np.random.Generator) -> None:
+    z, label = rings(rng)
+    known = np.where(np.arange(400) < 20, label, UNKNOWN)
+    cells = Profiles(torch.from_numpy(z).float(), labels=torch.from_numpy(known))
+    for sure in (0.0, 0.5, 1.0):
+        start = StartSettings(neighbours=10, sure=sure)
+        begun = Started(cells, None, z, Encoder(), TRAINING, start)
+        taught = begun._taught(2).labels.numpy()
+        assert (taught[:20] == label[:20]).all() and (taught[taught != UNKNOWN] == label[taught != UNKNOWN]).all()
+        assert_allclose((taught != UNKNOWN).sum(), 20 + sure * 380, atol=1)
