@@ -253,7 +253,7 @@ def _leiden(positions: NDArray, types: NDArray, seed: int) -> dict[float, Agreem
 
 def _best(name: str, found: Mapping[Any, Agreement]) -> dict[str, Any]:
     best = max(found, key=lambda key: found[key].ari)
-    return {f"{name}: ARI": found[best].ari, "NMI": found[best].nmi, "at": float(best)}
+    return {f"{name}: ARI": found[best].ari, f"{name}: NMI": found[best].nmi, f"{name} at": float(best)}
 
 
 def _clusters(fitted: Fitted, cells: Profiles) -> NDArray[np.int64]:

@@ -63,7 +63,7 @@ class SCVI:
         return model
 
     def epochs(self, fitted: Any) -> int:
-        return int(fitted.history["train_loss_epoch"].shape[0]) if fitted.history else fitted.trainer.current_epoch
+        return fitted.trainer.current_epoch
 
     def bound(self, fitted: Any, particles: int) -> np.ndarray:
         return np.asarray(
