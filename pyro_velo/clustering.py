@@ -212,11 +212,10 @@ class Started:
             return self.cells
         shares = spread(_graph(self.z, self.view, self.start.neighbours), labels, n_clusters)
         lead = np.diff(np.sort(shares, 1)[:, -2:], axis=1).squeeze(1)
-        unknown = (labels == UNKNOWN) & (lead > 0)
-        if not unknown.any():
-            return self.cells
-        sure = unknown & (lead >= np.quantile(lead[unknown], 1 - self.start.sure))
-        taught = np.where(sure, shares.argmax(1), labels)
+        unknown = np.flatnonzero((labels == UNKNOWN) & shares.any(1))
+        sure = unknown[np.argsort(-lead[unknown], kind="stable")][: round(self.start.sure * len(unknown))]
+        taught = labels.copy()
+        taught[sure] = shares[sure].argmax(1)
         return replace(self.cells, labels=torch.from_numpy(taught).to(self.cells.device))
 
     def _fit(self, model: Mixed, begun: Start) -> Fitted:
