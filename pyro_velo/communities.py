@@ -46,10 +46,10 @@ def modularity(graph: sparse.csr_matrix, groups: Labels) -> float:
 def communities(graph: sparse.csr_matrix, z: Array, n_groups: int, *, inits: int, seed: int) -> Labels:
     """The group of each cell, (N,), 0 to `n_groups` - 1: of `inits` tries the one of the highest modularity.
 
-    A try cuts the cells into small pieces by k-means of their positions z (N, d), joins two at each step until so many
-    are left, and then moves single cells to where they raise the modularity. What is joined is, in one half of the
-    tries, the pair whose union raises the modularity most or lowers it least (Newman 2004, eq. 2), which likes groups
-    of one size, and in the other the pair with the most edges for each that chance would make.
+    A try cuts the cells into small pieces by k-means of their positions z (N, d), joins at each step the two with the
+    most edges for each that chance would make (average linkage: Bonald et al. 2018, Hierarchical graph clustering using
+    node pair sampling), and then moves single cells to where they raise the modularity. Joining by modularity itself
+    would cut large groups to make all of one size (its resolution limit: Fortunato & Barthelemy 2007).
     """
     from sklearn.cluster import KMeans
 
@@ -58,10 +58,8 @@ def communities(graph: sparse.csr_matrix, z: Array, n_groups: int, *, inits: int
     tries = []
     for number in range(inits):
         pieces = KMeans(n_pieces, n_init=1, random_state=seed + number).fit_predict(z)
-        links = _links(graph, pieces, n_pieces)
-        tries += [
-            _moved(graph, _joined(links, n_groups, each)[pieces], n_groups, rng) for each in (np.subtract, np.divide)
-        ]
+        groups = _joined(_links(graph, pieces, n_pieces), n_groups)[pieces]
+        tries.append(_moved(graph, groups, n_groups, rng))
     return max(tries, key=lambda groups: modularity(graph, groups))
 
 
@@ -91,14 +89,14 @@ def _members(groups: Labels, n: int) -> sparse.csr_matrix:
     return sparse.csr_matrix((np.ones(len(groups)), (np.arange(len(groups)), groups)), (len(groups), n))
 
 
-def _joined(links: Array, n_groups: int, beyond: np.ufunc) -> Labels:
-    """The group of each piece, (pieces,): those are joined whose links are the most `beyond` what chance would make."""
+def _joined(links: Array, n_groups: int) -> Labels:
+    """The group of each piece, (pieces,)."""
     groups = np.arange(len(links))
     while len(links) > n_groups:
         ends = links.sum(1)
-        gain = beyond(links, np.outer(ends, ends) / ends.sum())
-        np.fill_diagonal(gain, -np.inf)
-        i, j = sorted(np.unravel_index(gain.argmax(), gain.shape))
+        ratio = links / np.outer(ends, ends)
+        np.fill_diagonal(ratio, -np.inf)
+        i, j = sorted(np.unravel_index(ratio.argmax(), ratio.shape))
         links = links.copy()
         links[i] += links[j]
         links[:, i] += links[:, j]

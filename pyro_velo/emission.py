@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pyro_velo.errors import InputError
 from pyro_velo.likelihoods import Likelihood
@@ -21,22 +19,7 @@ STRAIGHT = 7.0
 
 def straightened_exp(x: Tensor) -> Tensor:
     r"""$e^x$ up to x = 7, and from there its tangent: positive, smooth, finite for any finite x."""
-    return _StraightenedExp.apply(x)
-
-
-class _StraightenedExp(torch.autograd.Function):
-    """In as few passes as there are, its slope kept: e^x, or e^7 beyond."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        slope = x.clamp_max(STRAIGHT).exp_()
-        ctx.save_for_backward(slope)
-        return (x - (STRAIGHT - 1)).clamp_min_(1).mul_(slope)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0] * ctx.saved_tensors[0]
+    return torch.exp(x.clamp_max(STRAIGHT)) * (1 + (x - STRAIGHT).clamp_min(0))
 
 
 class Emission(nn.Module):
