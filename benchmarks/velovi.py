@@ -51,8 +51,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(python: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The result of a task, done by `sides.py` in a process of its own."""
+def run(python: str, task: dict[str, Any], folder: Path, script: str = "sides.py") -> dict[str, Any]:
+    """The result of a task, done by `script` in a process of its own."""
     task_file, result_file = folder / "task.json", folder / "result.json"
     task_file.write_text(json.dumps(task))
     paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
@@ -62,7 +62,8 @@ def run(python: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
         "MKL_NUM_THREADS": str(task["threads"]),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)) if python_is_own(task) else os.environ.get("PYTHONPATH", ""),
     }
-    command = [python, str(HERE / "sides.py"), str(task_file), str(result_file)]
+    # Without this folder on its path, where `scvi.py` would hide the package of that name.
+    command = [python, "-P", str(HERE / script), str(task_file), str(result_file)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed on {task}:\n{done.stderr[-3000:]}")

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
+from pyro_velo.communities import communities, neighbour_graph, spread
 from pyro_velo.encoders import Encoder, PerCluster
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import Evidence, evidence
@@ -28,7 +30,7 @@ from pyro_velo.models.gmvae import GMVAE
 from pyro_velo.models.mixing import check_clusters
 from pyro_velo.models.vae import VAE
 from pyro_velo.moments import as_one, nearest
-from pyro_velo.profiles import Profiles
+from pyro_velo.profiles import UNKNOWN, Profiles
 from pyro_velo.stages import Stages
 from pyro_velo.train import Fitted, TrainSettings
 
@@ -36,6 +38,10 @@ Array = NDArray[np.float64]
 Mixed = GMVAE | CGMDVAE
 TRAINING = TrainSettings(max_steps=1000, learning_rate=3e-3)
 """How autoencoders are trained, unless it is said."""
+LEAST_VARIANCE = 1e-3
+"""Of the whole: a smaller variance is that of cells which happen to coincide."""
+COMPONENTS = 30
+"""Principal components in which cells have neighbours besides those in the latent space."""
 STANDARD_ERRORS = 1.0
 """Those of a paired difference within which fewer clusters are preferred (Breiman et al. 1984, 3.4.3)."""
 
@@ -48,20 +54,33 @@ class StartSettings:
         vae_steps: gradient steps of the VAE. restarts: mixtures that are gone on from, each from means of its own; the
         held-out bound chooses. inits: EM runs for each of them, of which the likeliest is taken. over: components of
         EM for each cluster asked for; those too many are merged, nearest first (1: EM finds the clusters themselves).
-        warmup: the share of the epochs after the VAE, which has had a warm-up of its own, in which the KL rises again.
+        neighbours: of each cell in the graph whose communities the clusters start from, or along which labels spread,
+        in place of EM (0: EM); for groups that are no ellipses. It joins cells that are near in the latent space, and,
+        where nothing else is told of them, in the principal components of what the encoder sees.
+        sure: of the cells without a label, the share that is trained with the one that reaches them along the graph,
+        the surest first (Lee 2013, Pseudo-label). passes: fits, each of which goes on from the networks of the one
+        before and finds its clusters, and those cells, anew. warmup: the share of the epochs after the VAE, which has
+        had a warm-up of its own, in which the KL rises again.
     """
 
     vae_steps: int = 800
     restarts: int = 2
     inits: int = 5
     over: int = 1
+    neighbours: int = 0
+    sure: float = 0.0
+    passes: int = 1
     warmup: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no start can be made with."""
-        for name in ("vae_steps", "restarts", "inits", "over"):
+        for name in ("vae_steps", "restarts", "inits", "over", "passes"):
             if getattr(self, name) < 1:
                 raise InputError(f"Expected {name} of 1 or more; got {getattr(self, name)}. Leave it out.")
+        if self.neighbours < 0:
+            raise InputError(f"Expected neighbours of 0 or more; got {self.neighbours}. 15 is usual, 0 is EM.")
+        if not 0 <= self.sure <= 1:
+            raise InputError(f"Expected a share of sure cells in [0, 1]; got {self.sure}. Leave it out.")
 
 
 @dataclass(frozen=True)
@@ -127,6 +146,8 @@ class Started:
     start: StartSettings
     stages: Stages = field(default_factory=Stages)
     progress: bool | None = None
+    view: Array | None = None
+    """The first principal components of what the encoder sees, (N, at most 30), where a graph of them is asked for."""
 
     @classmethod
     def of(
@@ -152,13 +173,26 @@ class Started:
         short, stages = replace(settings, max_steps=start.vae_steps), stages or Stages()
         encoder = Encoder(guide.hidden)
         fitted = stages.train("vae", vae, encoder, cells, settings=short, elbo=elbo_for(vae), progress=progress)
-        return cls(cells, fitted, latent_means(fitted, cells), guide, settings, start, stages, progress)
+        view = _components(cells, settings.seed) if start.neighbours and cells.covariates is None else None
+        return cls(cells, fitted, latent_means(fitted, cells), guide, settings, start, stages, progress, view)
 
     def fit(self, model: Mixed) -> Fitted:
-        """The best of the restarts by the held-out bound; after Ctrl-C that of those that there are."""
+        """The best of the restarts by the held-out bound, and what later passes make of it; see `StartSettings`.
+
+        After Ctrl-C it is the best of those that there are.
+        """
+        fitted = self._best(model, f"clusters_{model.n_clusters}")
+        for later in range(1, self.start.passes):
+            if fitted.interrupted or model.n_clusters == 1:
+                break
+            again = replace(self, vae=fitted, z=latent_means(fitted, self.cells))
+            fitted = again._best(model, f"clusters_{model.n_clusters}_pass_{later}")
+        return fitted
+
+    def _best(self, model: Mixed, name: str) -> Fitted:
         found: list[Fitted] = []
         for number, begun in enumerate(self._starts(model)):
-            found.append(self._fit(model, begun, f"clusters_{model.n_clusters}_start_{number}"))
+            found.append(self._fit(model, begun, f"{name}_start_{number}"))
             if found[-1].interrupted or self.vae.interrupted:
                 break
         best = max(found, key=lambda fitted: fitted.training.plateau.best)
@@ -174,11 +208,25 @@ class Started:
                 labels=self._labels(),
                 settings=self.start,
                 seed=self.settings.seed + number,
+                view=self.view,
             )
 
     def _labels(self) -> NDArray[np.int64] | None:
         labels = self.cells.labels
         return None if labels is None else labels.cpu().numpy()
+
+    def _taught(self, n_clusters: int) -> Profiles:
+        """The cells, the surest of which have the label that reached them."""
+        labels = self._labels()
+        if labels is None or not self.start.sure or not self.start.neighbours:
+            return self.cells
+        shares = spread(_graph(self.z, self.view, self.start.neighbours), labels, n_clusters)
+        lead = np.diff(np.sort(shares, 1)[:, -2:], axis=1).squeeze(1)
+        unknown = np.flatnonzero((labels == UNKNOWN) & shares.any(1))
+        sure = unknown[np.argsort(-lead[unknown], kind="stable")][: round(self.start.sure * len(unknown))]
+        taught = labels.copy()
+        taught[sure] = shares[sure].argmax(1)
+        return replace(self.cells, labels=torch.from_numpy(taught).to(self.cells.device))
 
     def _fit(self, model: Mixed, begun: Start, name: str) -> Fitted:
         decoding = {f"decoding.{name}": value for name, value in self.vae.program.decoding.state_dict().items()}
@@ -189,7 +237,7 @@ class Started:
             name,
             _ModelFrom(model, decoding, begun),
             _GuideFrom(self.guide, encoder, begun),
-            self.cells,
+            self._taught(model.n_clusters),
             settings=replace(
                 self.settings,
                 warmup=self.start.warmup,
@@ -246,19 +294,68 @@ def mixture_start(
     labels: NDArray[np.int64] | None = None,
     settings: StartSettings | None = None,
     seed: int = 0,
+    view: Array | None = None,
 ) -> Start:
     """A Gaussian mixture, fitted by EM to latent means z (N, d); with diagonal covariances unless `correlated`.
 
-    Where some cells have `labels` (N,), each labelled cluster starts at its cells' mean, and keeps its number.
+    Where some cells have `labels` (N,), each labelled cluster starts at its cells' mean, and keeps its number. With
+    `settings.neighbours` the components are those of `communities`, or of the labels that `spread`, where every cluster
+    has some, in the graph of z and, where there is one, of another `view` (N, p): neighbours in both weigh twice.
     """
     settings = settings or StartSettings()
-    components = min(settings.over * n_clusters, len(z)) if labels is None else n_clusters
-    given = None if labels is None else _means_of(z, labels, n_clusters, seed)
-    weights, means, covariances = _em(z, components, correlated, settings.inits, seed, given)
+    groups = _groups(z, n_clusters, labels, settings, seed, view)
+    if groups is not None:
+        weights, means, covariances = _moments(z, groups, n_clusters, correlated)
+    else:
+        components = min(settings.over * n_clusters, len(z)) if labels is None else n_clusters
+        given = None if labels is None else _means_of(z, labels, n_clusters, seed)
+        weights, means, covariances = _em(z, components, correlated, settings.inits, seed, given)
     while len(weights) > n_clusters:
         weights, means, covariances = _merged(weights, means, covariances)
     dtype = torch.get_default_dtype()
     return Start(*(torch.from_numpy(each).to(dtype) for each in (means, np.linalg.cholesky(covariances), weights)))
+
+
+def _groups(
+    z: Array,
+    n_clusters: int,
+    labels: NDArray[np.int64] | None,
+    settings: StartSettings,
+    seed: int,
+    view: Array | None,
+) -> NDArray[np.int64] | None:
+    """The cluster of each cell by the graph of neighbours, (N,), -1 where nothing reaches it; None: ask EM."""
+    known = labels is None or np.isin(np.arange(n_clusters), labels).all()
+    if not settings.neighbours or n_clusters == 1 or not known:
+        return None
+    graph = _graph(z, view, settings.neighbours)
+    if labels is None:
+        return communities(graph, z, n_clusters, inits=settings.inits, seed=seed)
+    shares = spread(graph, labels, n_clusters)
+    return np.where(shares.any(1), shares.argmax(1), UNKNOWN)
+
+
+def _graph(z: Array, view: Array | None, neighbours: int) -> csr_matrix:
+    graph = neighbour_graph(z, neighbours)
+    return graph if view is None else graph + neighbour_graph(view, neighbours)
+
+
+def _components(cells: Profiles, seed: int) -> Array:
+    """The first principal components of what an encoder sees of each cell, (N, p)."""
+    from sklearn.decomposition import PCA
+
+    seen = cells.batch(torch.arange(len(cells), device=cells.device)).seen.cpu().numpy()
+    return PCA(min(COMPONENTS, *seen.shape), random_state=seed).fit_transform(seen).astype(np.float64)
+
+
+def _moments(z: Array, groups: NDArray[np.int64], n_clusters: int, correlated: bool) -> tuple[Array, Array, Array]:
+    """Shares (K,), means (K, d) and covariances (K, d, d) of groups."""
+    members = [z[groups == k] for k in range(n_clusters)]
+    spreads = np.stack([np.atleast_2d(np.cov(each.T, bias=True)) for each in members])
+    least = LEAST_VARIANCE * float(z.var()) * np.eye(z.shape[1])
+    shares = np.array([len(each) for each in members]) / (groups >= 0).sum()
+    means = np.stack([each.mean(0) for each in members])
+    return shares, means, (spreads if correlated else spreads * np.eye(z.shape[1])) + least
 
 
 def _em(
@@ -268,13 +365,12 @@ def _em(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    # A variance below a thousandth of the whole is that of cells which happen to coincide.
     found = GaussianMixture(
         components,
         covariance_type="full" if correlated else "diag",
         n_init=inits if means is None else 1,
         means_init=means,
-        reg_covar=1e-3 * float(z.var()),
+        reg_covar=LEAST_VARIANCE * float(z.var()),
         random_state=seed,
         max_iter=200,
     )

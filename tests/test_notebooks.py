@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SLOW = {"posterior_collapse.ipynb", "uncertainty.ipynb"}
+SLOW = {"conditional_clusters.ipynb", "posterior_collapse.ipynb", "uncertainty.ipynb", "vae_on_counts.ipynb"}
 """Those whose run takes more than 40 s on a quiet core."""
 TIMEOUT = 240
 """Seconds, for a notebook as a whole."""
