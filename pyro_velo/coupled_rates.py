@@ -148,6 +148,8 @@ class CoupledRates:
 
     def moved(self, latent: dist.Distribution, drawn: Mapping[str, Tensor]) -> dist.Distribution:
         """q(z) of a batch's cells, moved with the bends that were drawn."""
-        loc, scale, root = latent.base_dist.loc.clone(), latent.base_dist.scale, self.covariance.warp_root
-        loc[:, 0, self.shared] += bent(loc[:, 0, 0], root @ drawn[WARP], len(self.shared))
-        return dist.Normal(loc, scale).to_event(1)
+        loc = latent.mean.clone()
+        loc[:, 0, self.shared] += bent(loc[:, 0, 0], self.covariance.warp_root @ drawn[WARP], len(self.shared))
+        if isinstance(latent, dist.MultivariateNormal):
+            return dist.MultivariateNormal(loc, scale_tril=latent.scale_tril)
+        return dist.Normal(loc, latent.stddev).to_event(1)

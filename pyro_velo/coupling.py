@@ -14,7 +14,8 @@ $$A_g = \sum_n a a^T + P_g, \quad C_g = \sum_n a b \phi^T, \quad L_g L_g^T = A_g
 S = \sum_n d_n \phi \phi^T - \sum_g C_g^T A_g^{-1} C_g, \quad d_n = 1 + \sum_g b^2$$
 
 where P is the precision of the prior. Where library sizes are inferred, all rates follow two coordinates of a cell, and
-w bends both along the clock: b and phi then have a component for each. The means are moved by Newton steps on the ELBO,
+w bends both along the clock: b and phi then have a component for each, and $s_n$ is a root of their covariance in that
+cell, since where all genes fall the two can hardly be told apart. The means are moved by Newton steps on the ELBO,
 its gradient taken at two points either side of them.
 
 References: Giordano, Broderick and Jordan 2018 (linear response: covariances from a mean-field optimum); Opper and
@@ -27,6 +28,7 @@ import warnings
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pyro
@@ -127,7 +129,8 @@ class Search:
             self.z = torch.cat([part.loc[:, 0] for part in parts])
             self.scale = torch.cat([part.scale[:, 0] for part in parts])
         self.shared = [0] if self.program.library_sd is None else [0, self.z.shape[1] - 1]
-        self.place, self.place_sd = self.z[:, self.shared].double(), self.scale[:, self.shared].double()
+        self.place = self.z[:, self.shared].double()
+        self.root = torch.diag_embed(self.scale[:, self.shared].double())
         self.covariance: Covariance | None = None
 
     def climb(self, progress: bool | None = None) -> bool:
@@ -146,11 +149,11 @@ class Search:
             rise, best, kept, climbed = found - best, found, self._state(), True
             if rise < ENOUGH * len(self.cells):
                 break
-        self.x, self.place, self.place_sd, self.covariance = kept
+        self.x, self.place, self.root, self.covariance = kept
         return climbed
 
     def _state(self) -> tuple[Tensor, Tensor, Tensor, Covariance | None]:
-        return self.x, self.place, self.place_sd, self.covariance
+        return self.x, self.place, self.root, self.covariance
 
     def round(self) -> None:
         """One step of the cells while the rates stay, one of the rates with the clock."""
@@ -167,7 +170,7 @@ class Search:
         before, self.covariance = self.covariance, None
         self.covariance = self._around()[0].covariance()
         expected = sum(self._around()[0].log_joint for _ in range(PAIRS)) / PAIRS
-        entropy = self.covariance.log_size() + float((self.trained @ self.place_sd.log()).sum())
+        entropy = self.covariance.log_size() + float((self.trained @ self.root.diagonal(dim1=1, dim2=2).log()).sum())
         self.covariance = before
         return expected + entropy
 
@@ -175,7 +178,13 @@ class Search:
         """The guide of the fit, with coupled rates and each cell's own place."""
         assert self.covariance is not None
         guide, z, scale = copy(self.fitted.guide), self.z.clone(), self.scale.clone()
-        z[:, self.shared], scale[:, self.shared] = self.place.to(z), self.place_sd.to(z)
+        z[:, self.shared] = self.place.to(z)
+        if len(self.shared) == 1:
+            scale[:, :1] = self.root[:, 0].to(z)
+        else:
+            # The clock and the library size of a cell hang together.
+            scale = torch.diag_embed(scale)
+            scale[:, torch.tensor(self.shared)[:, None], torch.tensor(self.shared)] = self.root.to(z)
         rates = CoupledRates(self.genes, self.x, self.covariance, z.dtype, self.shared)
         # A module keeps its parts in a dictionary that a copy shares with it.
         guide._modules = {name: part for name, part in guide._modules.items() if name != "rates"}
@@ -194,14 +203,24 @@ class Search:
         return bent(self.place[:, 0], w, len(self.shared))
 
     def _either_side(self, rates: Tensor, place: Tensor) -> tuple[Information, Tensor, Tensor]:
-        """Means over two mirrored points: the information; gradient and negative second derivatives of cells, (N, C).
+        """Means over mirrored points: the information; gradient (N, C) and negative Hessian (N, C, C) of cells.
 
-        The points lie off the means by `rates` (G, K) and `place` (N, C), and each cell by its sd to a random side.
+        The points lie off the means by `rates` (G, K) and `place` (N, C), and each cell by an sd along each axis of its
+        own Normal, to either side: two points for one coordinate, four for two. Gradient and Hessian are in these axes,
+        so that the Hessian is the identity where the Normal has settled.
         """
         side = torch.randn_like(self.place).sign()
-        sites = [self._at(self.x + s * rates, self.place + s * (place + side * self.place_sd)) for s in (1, -1)]
-        (one, slope), (other, opposite) = sites
-        return (one + other) * 0.5, (slope + opposite) / 2, (opposite - slope) * side / (2 * self.place_sd)
+        points = list(product((1.0, -1.0), repeat=len(self.shared)))
+        slope, curvature, total = torch.zeros_like(side), torch.zeros_like(self.root), []
+        for signs in points:
+            s = torch.tensor(signs).to(side) * side
+            off = (self.root @ s[..., None])[..., 0]
+            found, here = self._at(self.x + signs[0] * rates, self.place + signs[0] * place + off)
+            total.append(found * (1 / len(points)))
+            here = (self.root.mT @ here[..., None])[..., 0] / len(points)
+            slope += here
+            curvature -= here[..., None] * s[:, None]
+        return sum(total[1:], total[0]), slope, (curvature + curvature.mT) / 2
 
     def _at(self, x: Tensor, place: Tensor) -> tuple[Information, Tensor]:
         """The information at a point, and the gradient of each cell's place (N, C)."""
@@ -262,10 +281,11 @@ class Search:
 
     def _move_cells(self, slope: Tensor, curvature: Tensor) -> None:
         """Each cell by a step of its own, of one sd at most; its precision half of the way, twofold at most."""
-        precision = self.place_sd**-2
-        precision = precision + 0.5 * (curvature.clamp_min(0.5) - precision).clamp(-precision / 2, precision)
-        self.place_sd = precision.rsqrt()
-        self.place = self.place + (0.7 * slope / precision).clamp(-self.place_sd, self.place_sd)
+        values, axes = torch.linalg.eigh(curvature)
+        precision = (axes * (1 + 0.5 * (values - 1).clamp(-0.5, 1.0))[:, None]) @ axes.mT
+        step = torch.linalg.solve(precision, slope)
+        self.place = self.place + (self.root @ (0.7 * step).clamp(-1, 1)[..., None])[..., 0]
+        self.root = torch.linalg.cholesky(self.root @ torch.linalg.inv(precision) @ self.root.mT)
 
     def _move_together(self, found: Information, covariance: Covariance) -> None:
         """Newton's step of rates and bends, shorter where it would move a cell by more than `LARGEST_STEP`."""

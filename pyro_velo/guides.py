@@ -52,7 +52,10 @@ class AmortizedProgram(nn.Module):
         self.state_decoder = Decoder(model.n_latent + told, n_genes, recipe.hidden_states, heads=model.states.heads)
         self.rates = recipe.rates(program)
         self.own: tuple[Tensor, Tensor] | None = None
-        """Means and sds (N, d) of q(z) for each cell by its number, where they are known better; see `refinement`."""
+        """Means and sds (N, d) of q(z) for each cell by its number, where they are known better; see `refinement`.
+
+        Roots of covariances (N, d, d) stand in the place of sds where dimensions hang together; see `coupling`.
+        """
 
     def forward(self, batch: Batch) -> None:
         """Draw every latent site of the model."""
@@ -70,6 +73,8 @@ class AmortizedProgram(nn.Module):
                 loc = torch.cat((loc[:, :-1], loc[:, -1:] + self.rough_library(batch)), 1)
         else:
             loc, scale = (each[batch.index] for each in self.own)
+            if scale.ndim > loc.ndim:
+                return dist.MultivariateNormal(loc.unsqueeze(-2), scale_tril=scale.unsqueeze(-3))
         return dist.Normal(loc.unsqueeze(-2), scale.unsqueeze(-2)).to_event(1)
 
     @property

@@ -190,9 +190,16 @@ def sizes(factors: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def relative_to_neighbours(factors: NDArray[np.float64], weights: sparse.csr_matrix) -> NDArray[np.float64]:
-    r"""Size factors $(W n)_i / n_i$ from $\tilde n / n_i$, with the weights W of `averaging_weights`; 0 stays 0."""
-    totals = np.divide(1.0, factors, out=np.zeros_like(factors), where=factors > 0)
-    return np.asarray(weights @ totals) * factors
+    r"""Size factors $f_i = (W n)_i / n_i$ from $\tilde n / n_i$, then $f_i e^{-(W \log f)_i}$; 0 stays 0.
+
+    W are the weights of `averaging_weights`. The neighbours of a cell at the end of a process lie to one side of it,
+    and so does their mean total; once more, of the logarithms, halves what that is off.
+    """
+    counted = factors > 0
+    totals = np.divide(1.0, factors, out=np.zeros_like(factors), where=counted)
+    relative = np.asarray(weights @ totals) * factors
+    logs = np.log(relative, out=np.zeros_like(relative), where=counted)
+    return relative * np.exp(-np.asarray(weights @ logs))
 
 
 def averaging_weights(graph: sparse.spmatrix | sparse.sparray) -> sparse.csr_matrix:

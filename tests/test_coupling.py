@@ -60,7 +60,9 @@ def counted_cells(n_cells: int = 40, n_genes: int = 5) -> Cells:
 
 def doubled(cells: Cells) -> Cells:
     """The same in float64."""
-    counts = cells.counts and replace(cells.counts, **{name: each.double() for name, each in vars(cells.counts).items()})
+    counts = cells.counts and replace(
+        cells.counts, **{name: each.double() for name, each in vars(cells.counts).items()}
+    )
     return replace(cells, molecules=cells.molecules.double(), counts=counts)
 
 
@@ -153,6 +155,43 @@ def test_scores_are_the_gradients_of_the_log_likelihood(double: None, times: str
             slope = (read(1e-6, dimension) - read(-1e-6, dimension)) / 2e-6
             torch.testing.assert_close(in_place[..., k], slope, rtol=1e-4, atol=1e-4)
             assert (slope != 0).any()
+
+
+def test_gradient_and_hessian_of_cells_are_in_the_axes_of_their_normals(double: None) -> None:
+    cells = doubled(counted_cells())
+    model = replace(COUNTED, priors=pv.Priors())
+    fitted = train(model, GUIDE, cells, settings=settings(max_epochs=1), progress=False)
+    with fitted.parameters():
+        search = Search(fitted, cells)
+        search.x = search.x.detach()
+        search.root = 1e-3 * (torch.randn_like(search.root).tril(-1) + torch.eye(2))
+        rates, place, h = torch.zeros_like(search.x), torch.zeros_like(search.place), 1e-5
+        _, slope, curvature = search._either_side(rates, place)
+        _, gradient = search._at(search.x, search.place)
+        each = [h * torch.eye(2)[c] for c in range(2)]
+        moved = [[search._at(search.x, search.place + s * step)[1] for s in (1, -1)] for step in each]
+        hessian = torch.stack([(ahead - behind) / (2 * h) for ahead, behind in moved], -1)
+    root = search.root
+    torch.testing.assert_close(slope, (root.mT @ gradient[..., None])[..., 0], rtol=1e-3, atol=1e-6)
+    # In cells at the step of a gene's switch the curve has no second derivative.
+    expected = -(root.mT @ hessian @ root)
+    close = torch.isclose(curvature, expected, rtol=0.02, atol=1e-7).all(-1).all(-1)
+    assert close.double().mean() > 0.8
+
+
+def test_a_cell_that_has_settled_stays(double: None) -> None:
+    cells = doubled(counted_cells())
+    fitted = train(COUNTED, GUIDE, cells, settings=settings(max_epochs=1), progress=False)
+    with fitted.parameters():
+        search = Search(fitted, cells)
+        place, root = search.place.clone(), search.root.clone()
+        search._move_cells(torch.zeros_like(place), torch.eye(2).expand_as(root))
+        torch.testing.assert_close((search.place, search.root @ search.root.mT), (place, root @ root.mT))
+        # Twice the information along one axis of a cell: the precision goes half of the way.
+        more = torch.eye(2) + torch.tensor([[1.0, 1.0], [1.0, 1.0]]) / 2
+        search._move_cells(torch.zeros_like(place), more.expand_as(root))
+        found = torch.linalg.inv(root) @ search.root @ search.root.mT @ torch.linalg.inv(root).mT
+        torch.testing.assert_close(found, torch.linalg.inv((more + torch.eye(2)) / 2).expand_as(found))
 
 
 def test_the_prior_is_the_models(double: None, alone: Fitted) -> None:
