@@ -29,8 +29,10 @@ Array = NDArray[np.float32]
 TOP = 99.0
 """The percentile that counts as a gene's maximum: one extreme cell must not set the scale of all others."""
 GENES_AT_ONCE = 256
-AMBIENT = 0.01
+AMBIENT = 0.001
 """The least abundance that a count is expected from, in units of a gene's range: RNA that is in every droplet."""
+BASAL = 0.05
+"""The share of its range below which what a gene shows at its lowest is none: neighbours' means reach into its rise."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ def velocity_data(
         raise InputError(
             f"None of the {adata.n_vars} genes varies in both layers; expected at least one that does. "
             "Look at the layers' values, or lower min_shared_counts when preparing."
+        )
+    if counts:
+        u_zero, s_zero = (
+            np.where(zero < BASAL * (top - zero), 0, zero).astype(np.float32)
+            for zero, top in ((u_zero, u_top), (s_zero, s_top))
         )
     scaling = Scaling(u_zero[genes], (u_top - u_zero)[genes], s_zero[genes], (s_top - s_zero)[genes])
     scaled = _stacked(range_u, range_s, genes, scaling).to(device)
