@@ -2,7 +2,7 @@
 
     python benchmarks/trust.py recovery --cells 1000 --seeds 0 1 2 3 4
     python benchmarks/trust.py recovery --times shared --likelihood tobit --rates per-gene
-    python benchmarks/trust.py recovery --data nb --times shared --likelihood nb --rates per-gene
+    python benchmarks/trust.py recovery --data nb --times shared --likelihood nb --rates per-gene --library inferred
     python benchmarks/trust.py directional --data stationary recipe permuted pancreas
     python benchmarks/trust.py planted
     python benchmarks/trust.py fates
@@ -42,8 +42,8 @@ BINS = 5
 
 def options(args: argparse.Namespace, seed: int, *, as_is: bool) -> FitOptions:
     return FitOptions(
-        likelihood=args.likelihood, times=args.times, rates=args.rates, seed=seed, as_is=as_is, threads=args.threads,
-        max_epochs=args.max_epochs,
+        likelihood=args.likelihood, times=args.times, rates=args.rates, library=args.library, seed=seed, as_is=as_is,
+        threads=args.threads, max_epochs=args.max_epochs,
     )  # fmt: skip
 
 
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--likelihood", default="normal")
     parser.add_argument("--times", default="per-gene")
     parser.add_argument("--rates", default="mean-field")
+    parser.add_argument("--library", default="known")
     parser.add_argument("--max-epochs", type=int)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()

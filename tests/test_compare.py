@@ -26,6 +26,7 @@ from pyro_velo.data.simulated import to_anndata
 from pyro_velo.errors import FitError, InputError
 from pyro_velo.evidence import Evidence
 from pyro_velo.fitting import fit
+from pyro_velo.library import LIBRARIES
 from pyro_velo.likelihoods import LIKELIHOODS
 from pyro_velo.options import GRID, CompareOptions, FitOptions
 from pyro_velo.parsing import parse_grid
@@ -299,7 +300,7 @@ def test_bad_input_is_refused_before_anything_is_fitted(monkeypatch, variants, o
 
 
 def test_the_grid_is_what_the_parts_are_called() -> None:
-    tables = (LIKELIHOODS, STATE_FAMILIES, RATE_GUIDES, TIMES, TRANSCRIPTIONS)
+    tables = (LIKELIHOODS, STATE_FAMILIES, RATE_GUIDES, TIMES, TRANSCRIPTIONS, LIBRARIES)
     assert {name: set(values) for name, values in GRID.items()} == dict(zip(GRID, map(set, tables), strict=True))
 
 

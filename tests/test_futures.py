@@ -139,7 +139,7 @@ def test_intrinsic_uncertainty_is_what_the_fit_has_written(fitted: Fitted) -> No
 
 def test_terminal_states_that_are_found_are_named_after_their_cells() -> None:
     adata, chain = two_sides()
-    found = futures.fates(adata, chain, 2, resample=False)
+    found = futures.fates(adata, chain, 2, balance=False, resample=False)
     assert sorted(found.states) == ["part 0", "part 7"]
     left = found.states.index("part 0")
     assert_allclose(found.mean[:25, left], 1, atol=1e-3)

@@ -75,6 +75,7 @@ def test_at_a_fork_cells_times_speed_is_the_share(up: int, down: int, speed: flo
     assert error < 0.75 * free_error
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_share_of_the_cells_one_might_have_sampled() -> None:
     covered, widths = [], []
     for seed in range(8):
