@@ -193,7 +193,7 @@ def relative_to_neighbours(factors: NDArray[np.float64], weights: sparse.csr_mat
     r"""Size factors $f_i = (W n)_i / n_i$ from $\tilde n / n_i$, then $f_i e^{-(W \log f)_i}$; 0 stays 0.
 
     W are the weights of `averaging_weights`. The neighbours of a cell at the end of a process lie to one side of it,
-    and so does their mean total; once more, of the logarithms, halves what that is off.
+    and so does their mean total; once more, of the logarithms, takes off about half of that error.
     """
     counted = factors > 0
     totals = np.divide(1.0, factors, out=np.zeros_like(factors), where=counted)
