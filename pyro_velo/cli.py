@@ -9,10 +9,37 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from pyro_velo.arguments import (
+    Basis,
+    BatchKey,
+    BatchSize,
+    Clusters,
+    Covariates,
+    Data,
+    Draws,
+    Fitted,
+    Json,
+    Kept,
+    Library,
+    Likelihood,
+    MaxEpochs,
+    Overwrite,
+    PriorTexts,
+    Rates,
+    Result,
+    Resume,
+    Save,
+    Seed,
+    States,
+    Threads,
+    Times,
+    Transcription,
+    say_if_interrupted,
+)
 from pyro_velo.errors import FitError, InputError
 from pyro_velo.options import (
     BASIS,
@@ -23,68 +50,25 @@ from pyro_velo.options import (
     GRID,
     CompareOptions,
     Counts,
-    DataSetName,
     Depth,
     Device,
     FitOptions,
     LibraryName,
     LikelihoodName,
-    ProfileLikelihoodName,
     RatesName,
-    SamplerName,
-    SizesName,
     StatesName,
-    SweepOptions,
     TimesName,
     TranscriptionName,
-    VAEModelName,
-    VAEOptions,
 )
-from pyro_velo.parsing import parse_edges, parse_grid, parse_layers, parse_sizes
+from pyro_velo.parsing import parse_edges, parse_grid
+from pyro_velo.profile_commands import download, sweep, vae
 from pyro_velo.version import __version__
-
-if TYPE_CHECKING:
-    from pyro_velo.autoencoding import ProfileFit
-    from pyro_velo.fitting import Fit
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-Data = Annotated[
-    Path, typer.Argument(metavar="IN", exists=True, help="Spliced and unspliced counts: a file or folder.")
-]
-Result = Annotated[Path, typer.Argument(metavar="OUT.h5ad", exists=True, help="What `pyro-velo fit` wrote.")]
-Kept = Annotated[Path, typer.Argument(metavar="FOLDER", exists=True, help="What `fit --save` kept.")]
-Fitted = Annotated[Path, typer.Argument(metavar="IN", exists=True, help="The AnnData that this fit wrote.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random number.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the way.")]
-Draws = Annotated[int, typer.Option(min=2, help="Posterior draws.")]
-MaxEpochs = Annotated[int | None, typer.Option(min=1, help="Default: that of TrainSettings.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Cells a step. Default: that of TrainSettings.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Default: one a core.")]
-Save = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep checkpoints and the fit here.")]
-Resume = Annotated[Path | None, typer.Option(metavar="DIR", exists=True, help="Go on from a checkpoint.")]
-Likelihood = Annotated[LikelihoodName, typer.Option(help="Of scaled layers, or of raw counts.")]
-States = Annotated[StatesName, typer.Option(help="The posterior of the four states.")]
-Rates = Annotated[RatesName, typer.Option(help="The posterior of a gene's rates.")]
-Times = Annotated[TimesName, typer.Option(help="A time per gene, per cell, or between.")]
-Transcription = Annotated[TranscriptionName, typer.Option(help="While a gene is on.")]
-Library = Annotated[LibraryName, typer.Option(help="Library sizes of counts, as they are said to be or inferred.")]
-BatchKey = Annotated[str | None, typer.Option(metavar="KEY", help="obs: experimental batches.")]
-Covariates = Annotated[list[str] | None, typer.Option("--covariate", metavar="KEY", help="obs: category or number.")]
-PriorTexts = Annotated[
-    list[str] | None, typer.Option("--prior", metavar="'alpha=LogNormal(0, 1)'", help="Swap a prior.")
-]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here too.")]
-Clusters = Annotated[str, typer.Option(metavar="KEY", help="The obs column with the clusters.")]
 AS_KEPT = "Default: that of the fit."
-Basis = Annotated[str, typer.Option(help="The embedding, as in obsm['X_umap'].")]
-
-
-HERE = Path(".")
-LAYERS = ",".join("-".join(map(str, layers)) for layers in SweepOptions.hidden)
-LATENTS = ",".join(map(str, SweepOptions.latents))
 
 
 def version(show: bool) -> None:
@@ -408,138 +392,8 @@ def diagnose(
     typer.echo(found.table())
 
 
-@app.command()
-def vae(
-    data: Annotated[Path, typer.Argument(metavar="IN", exists=True, help="Counts, or other profiles: a file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.h5ad", help="The AnnData to write.")],
-    model: Annotated[VAEModelName, typer.Option(help="Without clusters, with, or with conditions.")] = VAEOptions.model,
-    likelihood: Annotated[
-        ProfileLikelihoodName, typer.Option(help="Of counts, real numbers, or zeros and ones.")
-    ] = VAEOptions.likelihood,
-    layer: Annotated[str | None, typer.Option(metavar="L", help="Default: X.")] = None,
-    depth: Annotated[bool, typer.Option(help="Take library sizes as known.")] = VAEOptions.depth,
-    clusters: Annotated[
-        int | None, typer.Option(min=1, metavar="K", help="Default: 1 to 10, as held-out cells have it.")
-    ] = None,
-    prune: Annotated[
-        bool, typer.Option("--prune", help="Fit K clusters (default: 10) and merge those that are too many.")
-    ] = False,
-    sizes: Annotated[SizesName, typer.Option(help="What is known of the clusters' sizes.")] = VAEOptions.sizes,
-    latent: Annotated[int, typer.Option(min=1, metavar="D", help="Latent dimensions.")] = VAEOptions.latent,
-    condition_key: Annotated[str | None, typer.Option(metavar="C", help="obs: what the networks are told.")] = None,
-    covariate: Covariates = None,
-    label_key: Annotated[str | None, typer.Option(metavar="L", help="obs: clusters, where they are known.")] = None,
-    denoised: Annotated[bool, typer.Option("--denoised", help="Write the layer vae_denoised too.")] = False,
-    max_epochs: MaxEpochs = None,
-    batch_size: BatchSize = None,
-    seed: Seed = VAEOptions.seed,
-    threads: Threads = None,
-    save: Save = None,
-    resume: Resume = None,
-    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report as well.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Fit an autoencoder: a latent space, and the clusters in it."""
-    options = VAEOptions(
-        model=model,
-        likelihood=likelihood,
-        layer=layer,
-        depth=depth,
-        clusters=clusters,
-        prune=prune,
-        sizes=sizes,
-        latent=latent,
-        condition_key=condition_key,
-        covariates=tuple(covariate or ()),
-        label_key=label_key,
-        denoised=denoised,
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        seed=seed,
-        threads=threads,
-        save=save,
-        resume=resume,
-        report=report,
-        overwrite=overwrite,
-    )
-    from pyro_velo import autoencoding
-
-    fitted = autoencoding.vae_file(data, output, options)
-    say_if_interrupted(fitted)
-    if fitted.number is not None:
-        typer.echo(fitted.number.table())
-    typer.echo(f"Wrote {output}" if report is None else f"Wrote {output} and {report}")
-
-
-@app.command()
-def sweep(
-    data: Annotated[Path, typer.Argument(metavar="IN", exists=True, help="Counts: a file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="TABLE.csv", help="The table to write.")],
-    likelihoods: Annotated[str, typer.Option(metavar="A,B", help="Of counts.")] = ",".join(SweepOptions.likelihoods),
-    hidden: Annotated[str, typer.Option(metavar="A,B-C", help="Layers from z outwards, for each choice.")] = LAYERS,
-    latents: Annotated[str, typer.Option(metavar="A,B", help="Latent dimensions.")] = LATENTS,
-    study: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep trials here (sqlite), and go on.")] = None,
-    picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it as well.")] = None,
-    sampler: Annotated[SamplerName, typer.Option(help="Every choice, or where it was good.")] = SweepOptions.sampler,
-    trials: Annotated[int | None, typer.Option(min=1, help="Default: one for each choice.")] = None,
-    prune: Annotated[bool, typer.Option(help="Give up trials below the median early.")] = SweepOptions.prune,
-    layer: Annotated[str | None, typer.Option(metavar="L", help="Default: X.")] = None,
-    depth: Annotated[bool, typer.Option(help="Take library sizes as known.")] = SweepOptions.depth,
-    condition_key: Annotated[str | None, typer.Option(metavar="C", help="obs: what the networks are told.")] = None,
-    covariate: Covariates = None,
-    max_epochs: MaxEpochs = None,
-    batch_size: BatchSize = None,
-    seed: Seed = SweepOptions.seed,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Say which likelihood, layers and latent size explain held-out cells best."""
-    options = SweepOptions(
-        likelihoods=tuple(name.strip() for name in likelihoods.split(",")),
-        hidden=parse_layers(hidden),
-        latents=parse_sizes(latents),
-        study=study,
-        picture=picture,
-        sampler=sampler,
-        trials=trials,
-        prune=prune,
-        layer=layer,
-        depth=depth,
-        condition_key=condition_key,
-        covariates=tuple(covariate or ()),
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        seed=seed,
-        threads=threads,
-        overwrite=overwrite,
-    )
-    from pyro_velo import sweeping
-
-    found = sweeping.sweep_file(data, output, options)
-    typer.echo(found.table())
-    if found.interrupted:
-        kept = "" if study is None else f"; the same command with --overwrite goes on from {study}"
-        print(f"pyro-velo: interrupted after {len(found.trials)} trials{kept}", file=sys.stderr)
-    typer.echo(f"Wrote {output}")
-    if found.best is None and not found.interrupted:
-        raise FitError("Expected one trial or more that came to its end; got none, see the table.")
-
-
-@app.command()
-def download(
-    name: Annotated[DataSetName, typer.Argument(metavar="NAME", help="Brain cells of mice: 20,000, or 1.3 million.")],
-    folder: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where it goes.")] = HERE,
-) -> None:
-    """Fetch counts that others have published: mouse-brain-20k or mouse-brain (10x Genomics)."""
-    from pyro_velo.data import downloads
-
-    typer.echo(f"Wrote {downloads.download(downloads.DATA_SETS[name], folder)}")
-
-
-def say_if_interrupted(fitted: Fit | ProfileFit) -> None:
-    """One line on stderr where Ctrl-C ended the training: what was written is the best that was found until then."""
-    if fitted.interrupted:
-        print(f"pyro-velo: interrupted at epoch {fitted.epochs}; kept the best parameters so far", file=sys.stderr)
+for command in (vae, sweep, download):
+    app.command()(command)
 
 
 def complain(message: str) -> None:

@@ -6,11 +6,14 @@ the first for the second, and where most genes rise together they do so more at 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pyro_velo.errors import InputError
 
 LEAST_SD = 0.05
 """Of the logarithms: cells of one size have some spread all the same."""
@@ -41,12 +44,20 @@ class Inferred(Library):
 
     Whatever time a cell is at, its library says nothing of it: that is what tells libraries and expression apart.
     `sd` is $\sigma$, by default that of the logarithms of the rough size factors, from which the inference starts.
+    Raises `InputError` for an sd that is not positive and finite.
 
     Reference: Lopez et al. 2018 (scVI), the latent library size.
     """
 
     sd: float | None = None
     inferred = True
+
+    def __post_init__(self) -> None:
+        """Check the sd."""
+        if self.sd is not None and not 0 < self.sd < math.inf:
+            raise InputError(
+                f"Expected sd, of log library sizes, above 0 and finite; got {self.sd}. 0.3 is usual; None reads it."
+            )
 
     def spread(self, size_factors: Tensor) -> Tensor:
         """The sd that was given, or that of the rough size factors."""

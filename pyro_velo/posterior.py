@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
@@ -45,7 +45,7 @@ class Posterior:
     Cells x genes: `velocity` (mean), `velocity_sd`, `velocity_q05`, `velocity_q95`, `t`, `t_sd`, `u`, `s` (posterior
     mean expression), `state` (most likely, 0 to 3). (4, cells, genes) is never kept; `state_use` (4, genes) is its
     mean. Genes: `rates` and `rates_sd` by site name, `log_likelihood` (mean over cells). Cells: `z` (cells, d),
-    `uncertainty`.
+    `uncertainty`, and `library`, 1 the median, where library sizes are inferred.
     """
 
     velocity: Array
@@ -63,6 +63,7 @@ class Posterior:
     log_likelihood: Array
     z: Array
     uncertainty: Array
+    library: Array | None = None
 
 
 class Draws(NamedTuple):
@@ -110,7 +111,13 @@ def summarise(
     rates = stream(
         fitted, cells, out.add, draws=draws, over_states=over_states, seed=seed, progress=progress, as_if=as_if
     )
-    return out.finish(rates)
+    found = out.finish(rates)
+    if getattr(fitted.program, "library_sd", None) is None:
+        return found
+    # The last latent dimension, which has a column of its own.
+    z = torch.from_numpy(found.z).to(cells.device)
+    library = fitted.program.library_size(z).squeeze(-1)
+    return replace(found, z=fitted.program.of_kinetics(z).cpu().numpy(), library=library.cpu().numpy())
 
 
 @torch.no_grad()
@@ -199,7 +206,7 @@ def _draw_batch(
         # A tensor: a number would be compiled in, and everything compiled again for the next.
         share = torch.tensor(1 / (i + 1))
         velocities[i] = take(values, batch, mean, squares, share)
-        z = z + values["z"].squeeze(-2)[:, : fitted.program.recipe.n_latent] / len(rates)
+        z = z + values["z"].squeeze(-2) / len(rates)
     sd = {name: (value / (len(rates) - 1)).sqrt() for name, value in squares.items()}
     return Draws(velocities, mean, sd, z)
 

@@ -47,6 +47,7 @@ LAYERS: dict[int, set[str]] = {
     },
     4: {
         *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
+        *("arguments", "profile_commands"),
         *("autoencoding", "profile_report", "sweeping"),
         *("futures", "audits", "auditing", "checking", "calibrating", "diagnosis", "diagnosing"),
         *("__init__", "__main__"),
@@ -167,12 +168,16 @@ SIDEWAYS = {
     ("autoencoding", "profile_report"),
     ("profile_report", "plots"),
     ("profile_report", "reporting"),
-    ("cli", "autoencoding"),
-    ("cli", "sweeping"),
+    ("profile_commands", "arguments"),
+    ("profile_commands", "autoencoding"),
+    ("profile_commands", "parsing"),
+    ("profile_commands", "sweeping"),
     ("__init__", "sweeping"),
     ("sweeping", "plots"),
     ("__init__", "autoencoding"),
     ("cli", "api"),
+    ("cli", "arguments"),
+    ("cli", "profile_commands"),
     ("cli", "auditing"),
     ("cli", "calibrating"),
     ("cli", "comparing"),
@@ -196,7 +201,7 @@ SIDEWAYS = {
 }
 """The arrows that are allowed within a layer; those within one entry's own modules are, too."""
 
-FOR_TYPES = {("data", "posterior"), ("cli", "fitting")}
+FOR_TYPES = {("data", "posterior"), ("arguments", "autoencoding"), ("arguments", "fitting")}
 """Those that are allowed under TYPE_CHECKING alone."""
 
 PEERS = {"scvelo", "cellrank", "scvi"}

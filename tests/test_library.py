@@ -9,13 +9,13 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
-from small import GUIDE, MODEL, settings, small_cells
+from small import GUIDE, MODEL, settings
 
 import pyro_velo as pv
 from pyro_velo import simulate
-from pyro_velo.coupling import couple
 from pyro_velo.errors import InputError
 from pyro_velo.library import LEAST_SD, Inferred, Known, rough
+from pyro_velo.posterior import stream, summarise
 from pyro_velo.preprocess import PrepareSettings, prepare
 from pyro_velo.prior_draws import typical_cells
 from pyro_velo.train import train
@@ -81,18 +81,14 @@ def test_times_and_states_are_not_told_the_library() -> None:
 @pytest.mark.slow
 def test_libraries_are_told_from_expression_where_totals_mix_them() -> None:
     """Genes of one process all rise, then fall: totals say that cells of some times were sequenced more than others."""
-    noise = simulate.NegativeBinomial(library_size=simulate.LibrarySize(depth=10.0, sd=0.3))
-    chosen = simulate.Settings(noise=noise, kinetics=simulate.LogNormalRates(drop=0))
-    adata = pv.to_anndata(simulate.simulate(300, 40, settings=chosen, seed=0))
-    prepare(adata, PrepareSettings(depth="neighbours", min_shared_counts=1, umap=False))
-    cells = pv.velocity_data(adata, counts=True).cells
-    model = replace(INFERRED, times=pv.times.Shared(), hidden=(32,), n_latent=4)
-    guide = pv.guides.Amortized(rates=pv.rates.PerGene(), hidden=(32,), hidden_states=(32,))
-    alone = train(model, guide, cells, settings=pv.TrainSettings(max_steps=2000), progress=False)
-    fitted = couple(alone, cells, progress=False)
-    batch, t = cells.batch(torch.arange(300)), adata.obs["true_t"].to_numpy()
-    with fitted.parameters(), torch.no_grad():
-        found = fitted.program.size_factors({"z": fitted.guide.encode(batch).mean}, batch)[0, :, 0].log().numpy()
+    chosen = simulate.Settings(noise=simulate.NegativeBinomial())
+    adata = pv.to_anndata(simulate.simulate(600, 80, settings=chosen, seed=1))
+    prepare(adata, PrepareSettings(depth="neighbours", umap=False))
+    data = pv.velocity_data(adata, counts=True)
+    model = pv.VelocityModel(likelihood=pv.likelihoods.NB(), times=pv.times.Shared(), library=Inferred())
+    fit = pv.fit(model, pv.guides.Amortized(rates=pv.rates.PerGene()), adata, data=data, progress=False)
+    batch, t = data.cells.batch(torch.arange(600)), adata.obs["true_t"].to_numpy()
+    found = np.log(fit.posterior(draws=20).library)
     truth = np.log(adata.obs["true_library"] / adata.obs["true_library"].median()).to_numpy()
 
     def off(sizes: np.ndarray) -> tuple[float, float]:
@@ -102,12 +98,18 @@ def test_libraries_are_told_from_expression_where_totals_mix_them() -> None:
         return float(error.std()), max(abs(float(error[(t >= a) & (t < a + 4)].mean())) for a in range(0, 20, 4))
 
     started = off(rough(batch.size_factors)[:, 0].numpy().astype(float))
-    assert np.less(off(found.astype(float)), np.multiply(started, 0.8)).all()
+    assert np.less(off(found), np.multiply(started, 0.8)).all()
 
 
 def test_scaled_layers_have_no_library() -> None:
-    with pytest.raises(InputError, match=r"Expected raw counts.*Use a likelihood of\s+counts such as NB\(\)"):
-        replace(MODEL, library=Inferred()).build(small_cells())
+    with pytest.raises(InputError, match=r"Expected a likelihood of counts.*got Normal\(\).*Use NB\(\)"):
+        replace(MODEL, library=Inferred())
+
+
+@pytest.mark.parametrize("sd", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_spread_that_is_none_is_refused(sd: float) -> None:
+    with pytest.raises(InputError, match="Expected sd, of log library sizes, above 0 and finite"):
+        Inferred(sd)
 
 
 def test_it_is_kept_refined_and_written(tmp_path) -> None:
@@ -121,3 +123,19 @@ def test_it_is_kept_refined_and_written(tmp_path) -> None:
     assert np.isfinite(fit.refined(progress=False).posterior(draws=3).velocity).all()
     fit.write(adata, draws=3)
     assert adata.obsm["X_velocity_latent"].shape == (40, INFERRED.n_latent)
+    np.testing.assert_array_equal(adata.obs["velocity_library_size"], fit.posterior(draws=3).library)
+    with pytest.raises(InputError, match="holds a fit already"):
+        fit.write(adata, draws=3)
+
+
+def test_sizes_of_a_fit_are_those_of_the_mean_of_its_draws() -> None:
+    cells = typical_cells(30, 4, counts=True)
+    known, inferred = (
+        train(model, GUIDE, cells, settings=settings(max_epochs=1), progress=False) for model in (NB, INFERRED)
+    )
+    assert summarise(known, cells, draws=2, progress=False).library is None
+    found, means = summarise(inferred, cells, draws=5, progress=False), []
+    stream(inferred, cells, lambda _, drawn: means.append(drawn.z), draws=5, progress=False)
+    z = torch.cat(means)
+    np.testing.assert_allclose(found.z, z[:, : NB.n_latent].numpy())
+    np.testing.assert_allclose(np.log(found.library), (inferred.program.library_sd * z[:, -1]).numpy(), atol=1e-6)

@@ -22,6 +22,8 @@ VAR_OUT = (*RATES, *RATES_SD, FIT_STD_U, FIT_STD_S, FIT_LIKELIHOOD, FIT_R2, FIT_
 
 LATENT_TIME, VELOCITY_UNCERTAINTY = "latent_time", "velocity_uncertainty"
 OBS_OUT = (LATENT_TIME, VELOCITY_UNCERTAINTY)
+LIBRARY_SIZE = "velocity_library_size"
+"""What a fit adds where it infers library sizes."""
 VELOCITY_UNCERTAINTY_EXTRINSIC = "velocity_uncertainty_extrinsic"
 P_DIRECTIONAL, DIRECTIONAL_Q = "velocity_p_directional", "velocity_directional_q"
 DIRECTIONAL_OBS = (P_DIRECTIONAL, DIRECTIONAL_Q)

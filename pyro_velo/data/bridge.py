@@ -241,6 +241,8 @@ def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *,
         adata.var[name] = column
     adata.obs[keys.LATENT_TIME] = time
     adata.obs[keys.VELOCITY_UNCERTAINTY] = posterior.uncertainty
+    if posterior.library is not None:
+        adata.obs[keys.LIBRARY_SIZE] = posterior.library
     adata.obsm[keys.LATENT] = posterior.z
     fitted = {keys.UNS_LAYERS: dict(zip((keys.SPLICED, keys.UNSPLICED), data.layers, strict=True))}
     adata.uns[keys.UNS] = {**adata.uns.get(keys.UNS, {}), **about, **fitted}

@@ -85,7 +85,8 @@ class SwitchPenalty:
 class VelocityModel(Model):
     """The recipe: every part of the model, each an object to swap, and how large the decoder is.
 
-    `hidden=()` makes the decoder linear: a loading for each gene and latent dimension.
+    `hidden=()` makes the decoder linear: a loading for each gene and latent dimension. Raises `InputError` where
+    library sizes are to be inferred of what is not counts.
 
     >>> VelocityModel(priors=Priors(concentration=0.5)).priors.concentration
     0.5
@@ -103,16 +104,16 @@ class VelocityModel(Model):
     n_latent: int = 10
     hidden: Sequence[int] = (128,)
 
-    def build(self, cells: Cells) -> VelocityProgram:
-        """The program for these cells' genes, its start values read off the cells.
-
-        Raises `InputError` where library sizes are to be inferred of what is not counts.
-        """
-        if self.library.inferred and not cells.counts:
+    def __post_init__(self) -> None:
+        """Check that the parts go together."""
+        if self.library.inferred and not self.likelihood.counts:
             raise InputError(
-                "Expected raw counts, whose library sizes can be inferred; got scaled layers. Use a likelihood of "
-                "counts such as NB(), or library=Known()."
+                f"Expected a likelihood of counts, where library sizes are inferred; got {self.likelihood!r}. Use NB() "
+                "or the like, or take library sizes as known."
             )
+
+    def build(self, cells: Cells) -> VelocityProgram:
+        """The program for these cells' genes, its start values read off the cells."""
         return VelocityProgram(self, cells)
 
 
@@ -194,9 +195,12 @@ class VelocityProgram(nn.Module):
         """Those of unspliced and spliced, (2, B, 1), or (2, B, G) where `values` has a z for each gene."""
         if self.library_sd is None:
             return batch.size_factors
+        return self.library_size(values["z"]).squeeze(-1).expand(2, -1, -1)
+
+    def library_size(self, z: Tensor) -> Tensor:
+        """What latent vectors (..., d) say of the library size, 1 the median: (..., 1)."""
         prior = self.recipe.priors.latent
-        standard = (values["z"][..., -1] - prior.mean) / prior.stddev
-        return torch.exp(self.library_sd * standard).expand(2, -1, -1)
+        return torch.exp(self.library_sd * (z[..., -1:] - prior.mean) / prior.stddev)
 
     def rough_library(self, batch: Batch) -> Tensor:
         """Where the last latent dimension of each cell starts, (B, 1)."""
