@@ -23,12 +23,14 @@ from torch.distributions import kl_divergence
 import pyro_velo as pv
 from pyro_velo import simulate
 from pyro_velo.agreement import Agreement, agreement
-from pyro_velo.clustering import TRAINING, Started, StartSettings, choose_clusters, elbo_for, fit_profiles
+from pyro_velo.cluster_number import choose_clusters
+from pyro_velo.clustering import TRAINING, Started, elbo_for, fit_profiles
 from pyro_velo.encoders import Encoder
 from pyro_velo.evidence import evidence
 from pyro_velo.latent import cluster_probabilities, converted, denoised
 from pyro_velo.likelihoods import NB, ZINB, ZIP, Bernoulli, Poisson
 from pyro_velo.profiles import UNKNOWN, Profiles
+from pyro_velo.starts import StartSettings
 from pyro_velo.train import Fitted, Training, restore, train
 
 SHARE_OF_LABELS = 0.05

@@ -14,16 +14,9 @@ from numpy.typing import NDArray
 from pyro_velo import checkpoint, parts
 from pyro_velo import latent as summaries
 from pyro_velo.agreement import Agreement, agreement
+from pyro_velo.cluster_number import NumberOfClusters, choose_clusters
 from pyro_velo.cluster_sizes import SIZES
-from pyro_velo.clustering import (
-    TRAINING,
-    Mixed,
-    NumberOfClusters,
-    StartSettings,
-    choose_clusters,
-    default_guide,
-    fit_profiles,
-)
+from pyro_velo.clustering import TRAINING, Mixed, default_guide, fit_profiles
 from pyro_velo.data import check_output, check_writable, checked_labels, read, write_whole
 from pyro_velo.data.profile_data import ProfileData, check_profile_keys, cluster_names, profile_data, write_profiles
 from pyro_velo.errors import InputError
@@ -38,6 +31,7 @@ from pyro_velo.models.gmvae import GMVAE
 from pyro_velo.models.vae import VAE
 from pyro_velo.options import VAEOptions
 from pyro_velo.stages import Stages, check_stages
+from pyro_velo.starts import StartSettings
 from pyro_velo.train import Fitted, TrainSettings, restore
 from pyro_velo.version import __version__
 

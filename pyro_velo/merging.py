@@ -20,16 +20,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_velo.assignments import Exact
+from pyro_velo.cluster_number import NumberOfClusters, judged
 from pyro_velo.cluster_sizes import Given, inverse_softplus
-from pyro_velo.clustering import (
-    TRAINING,
-    Mixed,
-    NumberOfClusters,
-    StartSettings,
-    default_guide,
-    fit_profiles,
-    judged,
-)
+from pyro_velo.clustering import TRAINING, Mixed, default_guide, fit_profiles
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import Evidence, evidence
 from pyro_velo.latent import cluster_probabilities
@@ -37,6 +30,7 @@ from pyro_velo.models.base import Guide
 from pyro_velo.moments import as_one, nearest
 from pyro_velo.profiles import Profiles
 from pyro_velo.stages import Stages
+from pyro_velo.starts import StartSettings
 from pyro_velo.train import Fitted, TrainSettings, restore
 
 Array = NDArray[np.float64]

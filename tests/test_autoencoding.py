@@ -19,7 +19,7 @@ import pyro_velo as pv
 from pyro_velo.autoencoding import MODELS
 from pyro_velo.cli import main
 from pyro_velo.cluster_sizes import SIZES
-from pyro_velo.clustering import TRAINING, StartSettings
+from pyro_velo.clustering import TRAINING
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.simulated import clusters_to_anndata
 from pyro_velo.errors import InputError
@@ -28,6 +28,7 @@ from pyro_velo.options import ProfileLikelihoodName, SizesName, VAEModelName, VA
 from pyro_velo.plots.profiles import latent_plane
 from pyro_velo.profiles import UNKNOWN
 from pyro_velo.simulate import ClusterSettings, simulate_clusters
+from pyro_velo.starts import StartSettings
 
 QUICK = {
     "settings": replace(TRAINING, max_steps=30),

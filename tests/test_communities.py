@@ -9,11 +9,12 @@ from numpy.testing import assert_allclose
 from scipy import sparse
 
 from pyro_velo.agreement import agreement
-from pyro_velo.clustering import TRAINING, Started, StartSettings, mixture_start
+from pyro_velo.clustering import TRAINING, Started
 from pyro_velo.communities import communities, modularity, neighbour_graph, spread
 from pyro_velo.encoders import Encoder
 from pyro_velo.errors import InputError
 from pyro_velo.profiles import UNKNOWN, Profiles
+from pyro_velo.starts import StartSettings, mixture_start
 
 
 def rings(rng: np.random.Generator, n: int = 400) -> tuple[np.ndarray, np.ndarray]:

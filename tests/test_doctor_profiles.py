@@ -14,7 +14,7 @@ from pyro.infer import TraceMeanField_ELBO
 from tolerances import STANDARD_ERRORS, assert_close
 
 import pyro_velo as pv
-from pyro_velo.clustering import TRAINING, StartSettings
+from pyro_velo.clustering import TRAINING
 from pyro_velo.data.simulated import clusters_to_anndata
 from pyro_velo.doctor.collapse import collapse
 from pyro_velo.doctor.decomposition import decompose, draw_terms
@@ -26,6 +26,7 @@ from pyro_velo.evidence import conditions
 from pyro_velo.profiles import Profiles
 from pyro_velo.schedule import Warmup
 from pyro_velo.simulate import ClusterSettings, simulate_clusters
+from pyro_velo.starts import StartSettings
 from pyro_velo.train import Fitted, Training, TrainSettings, per_cell
 
 exact = pytest.mark.usefixtures("double")

@@ -15,8 +15,9 @@ from tolerances import assert_close
 
 from pyro_velo.agreement import agreement
 from pyro_velo.assignments import ASSIGNMENTS
+from pyro_velo.cluster_number import choose_clusters
 from pyro_velo.cluster_sizes import Given, Uniform
-from pyro_velo.clustering import TRAINING, Start, Started, StartSettings, choose_clusters, fit_profiles, mixture_start
+from pyro_velo.clustering import TRAINING, Started, fit_profiles
 from pyro_velo.encoders import Encoder, PerCluster
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import evidence
@@ -27,6 +28,7 @@ from pyro_velo.models.gmvae import GMVAE
 from pyro_velo.profiles import UNKNOWN, Profiles
 from pyro_velo.schedule import KLWeight
 from pyro_velo.simulate import ClusterSettings, simulate_clusters
+from pyro_velo.starts import Start, StartSettings, mixture_start
 from pyro_velo.train import TrainSettings, train
 
 exact = pytest.mark.usefixtures("double")

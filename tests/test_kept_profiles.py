@@ -20,12 +20,13 @@ import pyro_velo as pv
 from pyro_velo import checkpoint, clustering, stages
 from pyro_velo.assignments import ASSIGNMENTS, PerCell
 from pyro_velo.cluster_sizes import SIZES, Given, Uniform
-from pyro_velo.clustering import TRAINING, StartSettings
+from pyro_velo.clustering import TRAINING
 from pyro_velo.encoders import Encoder, PerCluster
 from pyro_velo.errors import InputError
 from pyro_velo.likelihoods import NB, PROFILE_LIKELIHOODS, ZINB, Poisson
 from pyro_velo.models.base import Guide, Model
 from pyro_velo.parts import from_words, is_known, to_words
+from pyro_velo.starts import StartSettings
 
 QUICK = {
     "settings": replace(TRAINING, max_steps=6, evaluate_steps=2),

@@ -33,7 +33,7 @@ LAYERS: dict[int, set[str]] = {
     },
     1: {
         *("priors", "likelihoods", "states", "initial", "mixture", "times", "transcription", "library"),
-        *("emission", "gaussian_mixture", "cluster_sizes", "assignments", "communities"),
+        *("emission", "gaussian_mixture", "cluster_sizes", "assignments", "communities", "starts"),
     },
     2: {"models", "rates", "guides", "encoders"},
     3: {
@@ -43,7 +43,7 @@ LAYERS: dict[int, set[str]] = {
         *("simulate", "preprocess", "embedding", "metrics", "data"),
         *("transitions", "population_balance", "macrostates", "fates", "directions", "directional", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
-        *("latent", "clustering", "merging", "agreement", "parts", "stages", "studies"),
+        *("latent", "clustering", "cluster_number", "merging", "agreement", "parts", "stages", "studies"),
     },
     4: {
         *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
@@ -123,9 +123,14 @@ SIDEWAYS = {
     ("preprocess", "data"),
     # Autoencoders: what a fit says of cells, and fits with clusters.
     ("latent", "train"),
-    ("clustering", "evidence"),
+    ("starts", "communities"),
+    ("cluster_number", "clustering"),
+    ("cluster_number", "evidence"),
+    ("cluster_number", "stages"),
+    ("cluster_number", "train"),
     ("clustering", "latent"),
     ("clustering", "stages"),
+    ("merging", "cluster_number"),
     ("merging", "clustering"),
     ("merging", "evidence"),
     ("merging", "latent"),

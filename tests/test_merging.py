@@ -14,7 +14,7 @@ import pyro_velo as pv
 from pyro_velo.agreement import agreement
 from pyro_velo.assignments import Entropy
 from pyro_velo.cluster_sizes import Dirichlet, Given, Learned, Uniform
-from pyro_velo.clustering import TRAINING, StartSettings, fit_profiles
+from pyro_velo.clustering import TRAINING, fit_profiles
 from pyro_velo.encoders import Encoder, PerCluster
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import evidence
@@ -24,6 +24,7 @@ from pyro_velo.merging import _fewer, prune_clusters
 from pyro_velo.models.cgmdvae import CGMDVAE
 from pyro_velo.models.gmvae import GMVAE
 from pyro_velo.moments import as_one, nearest
+from pyro_velo.starts import StartSettings
 from pyro_velo.train import restore
 
 GUIDE = Encoder((16,))
