@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from pyro_velo.errors import InputError
 from pyro_velo.evidence import Evidence, evidence
 from pyro_velo.fitting import in_words
 from pyro_velo.forensics import NonFiniteError
+from pyro_velo.last_layer import LastLayer
 from pyro_velo.likelihoods import PROFILE_LIKELIHOODS
 from pyro_velo.merging import prune_clusters
 from pyro_velo.models.base import Guide
@@ -113,13 +115,17 @@ class ProfileFit:
     ) -> summaries.Interval:
         """The profiles of `cells` (a mask; None: all) as if obs[`column`] were `level`; see `latent.converted`.
 
+        Intervals are those of expected profiles: of the latent sites' posterior and of that of the decoder's last layer
+        (`last_layer`), on which counts of a few cells say less than one thinks.
+
         Raises `InputError` for a column that was not told to the fit, and an unknown level.
         """
         covariates, profiles = self.data.as_if(column, level), self.data.profiles
         if cells is not None:
             index = torch.from_numpy(np.flatnonzero(cells)).to(profiles.device)
             covariates, profiles = covariates[index], profiles.among(index)
-        return summaries.converted(self.fitted, profiles, covariates, draws=draws, seed=self._seed, mean=mean)
+        given: dict[str, Any] = {"last_layer": self._last_layer, "draws": draws, "seed": self._seed, "mean": mean}
+        return summaries.converted(self.fitted, profiles, covariates, **given)
 
     def evidence(self, **options: Any) -> Evidence:
         """The scores of the held-out cells; see `evidence.evidence`."""
@@ -176,6 +182,10 @@ class ProfileFit:
             told = self.number.describe()
             about["number_of_clusters"] = {name: told[name] for name in ("candidates", "bounds", "choice")}
         return about
+
+    @cached_property
+    def _last_layer(self) -> LastLayer:
+        return LastLayer.of(self.fitted, self.data.profiles, seed=self._seed)
 
     @property
     def _seed(self) -> int:

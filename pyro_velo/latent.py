@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from pyro_velo.encoders import PerClusterProgram
 from pyro_velo.errors import InputError
+from pyro_velo.last_layer import LastLayer
 from pyro_velo.profiles import ProfileBatch, Profiles
 from pyro_velo.train import Fitted
 
 Array = NDArray[np.float64]
+Look = Callable[[dict[str, Tensor], ProfileBatch], Tensor]
 DRAWS = 50
 """Draws of the latent sites by which a mean over the posterior is taken."""
 CELLS_AT_ONCE = 512
@@ -72,7 +74,7 @@ def cluster_probabilities(fitted: Fitted, cells: Profiles, *, draws: int = DRAWS
         return fitted.program.log_clusters(values, batch).exp()
 
     with _apart(fitted, cells, seed):
-        found = [_mean(_draws(fitted, batch, batch, look, draws)) for batch in _batches(cells)]
+        found = [_mean(_draws(fitted, batch, batch, [look] * draws)) for batch in _batches(cells)]
     return torch.cat(found).cpu().numpy().astype(np.float64)
 
 
@@ -80,20 +82,28 @@ def denoised(fitted: Fitted, cells: Profiles, *, draws: int = DRAWS, seed: int =
     """The posterior mean of each cell's profile, (N, G): counts at the median depth, shares where x is on or off."""
     with _apart(fitted, cells, seed):
         found = [
-            _mean(_draws(fitted, batch, _at_median_depth(batch), _profile_of(fitted), draws))
+            _mean(_draws(fitted, batch, _at_median_depth(batch), [_profile_of(fitted)] * draws))
             for batch in _batches(cells)
         ]
     return torch.cat(found).cpu().numpy()
 
 
 def converted(
-    fitted: Fitted, cells: Profiles, covariates: Tensor, *, draws: int = DRAWS, seed: int = 0, mean: bool = False
+    fitted: Fitted,
+    cells: Profiles,
+    covariates: Tensor,
+    *,
+    last_layer: LastLayer | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+    mean: bool = False,
 ) -> Interval:
     """The profiles of cells as if their covariates (N, C) were others: encoded under their own, decoded under these.
 
     (N, G) each, as in `denoised`; with `mean` those of the mean profile of all cells, (G,), for which each draw of the
-    latent sites of all cells gives one. Interval ends are those of the posterior of the latent sites; the networks are
-    points.
+    latent sites of all cells gives one. Interval ends are those of expected profiles: of the posterior of the latent
+    sites, and of the decoder's `last_layer`; without it the decoder is a point, and the interval of a mean over many
+    cells far too narrow.
 
     Raises `InputError` for a model that is told nothing of a cell, and covariates of another shape.
     """
@@ -106,10 +116,11 @@ def converted(
     size = max(1, min(CELLS_AT_ONCE, NUMBERS_AT_ONCE // (draws * cells.n_genes)))
     parts, total = [], torch.zeros(())
     with _apart(fitted, cells, seed):
+        looks = [_profile_of(fitted)] * draws
+        if last_layer is not None:
+            looks = [_profile_of(fitted, last_layer, change) for change in last_layer.draw(draws)]
         for batch, other in zip(_batches(cells, size), _batches(others, size), strict=True):
-            drawn = torch.stack(
-                list(_draws(fitted, batch, _at_median_depth(other), _profile_of(fitted), draws))
-            ).double()
+            drawn = torch.stack(list(_draws(fitted, batch, _at_median_depth(other), looks))).double()
             if mean:
                 total = total + drawn.sum(1) / len(cells)
             else:
@@ -132,26 +143,23 @@ def _summary(drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return drawn.mean(0), low, high
 
 
-def _profile_of(fitted: Fitted) -> Callable[[dict[str, Tensor], ProfileBatch], Tensor]:
-    """The mean profile of a draw; shares instead of log-odds."""
-    binary = fitted.program.recipe.likelihood.binary
+def _profile_of(fitted: Fitted, last_layer: LastLayer | None = None, change: Tensor | None = None) -> Look:
+    """The mean profile of a draw, of weights that are a `change` away; shares instead of log-odds."""
+    binary, decoding = fitted.program.recipe.likelihood.binary, fitted.program.decoding
 
     def look(values: dict[str, Tensor], batch: ProfileBatch) -> Tensor:
-        mean = fitted.program.mean(values, batch)
+        if last_layer is None or change is None:
+            mean = fitted.program.mean(values, batch)
+        else:
+            mean = decoding.emission.mean(last_layer.outputs(decoding, values["z"].squeeze(-2), batch, change), batch)
         return mean.sigmoid() if binary else mean
 
     return look
 
 
-def _draws(
-    fitted: Fitted,
-    batch: ProfileBatch,
-    seen_as: ProfileBatch,
-    look: Callable[[dict[str, Tensor], ProfileBatch], Tensor],
-    draws: int,
-) -> Iterator[Tensor]:
-    """What each draw of the guide's sites for `batch` says of `seen_as`."""
-    for _ in range(draws):
+def _draws(fitted: Fitted, batch: ProfileBatch, seen_as: ProfileBatch, looks: Sequence[Look]) -> Iterator[Tensor]:
+    """What draws of the guide's sites for `batch`, one for each look, say of `seen_as`."""
+    for look in looks:
         trace = poutine.trace(fitted.guide).get_trace(batch)
         values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
         # The clusters' sizes may be a site.

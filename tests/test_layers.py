@@ -43,7 +43,7 @@ LAYERS: dict[int, set[str]] = {
         *("simulate", "preprocess", "embedding", "metrics", "data"),
         *("transitions", "population_balance", "macrostates", "fates", "directions", "directional", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
-        *("latent", "clustering", "cluster_number", "merging", "agreement", "parts", "stages", "studies"),
+        *("last_layer", "latent", "clustering", "cluster_number", "merging", "agreement", "parts", "stages", "studies"),
     },
     4: {
         *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
@@ -122,6 +122,8 @@ SIDEWAYS = {
     ("prior_draws", "truth"),
     ("preprocess", "data"),
     # Autoencoders: what a fit says of cells, and fits with clusters.
+    ("last_layer", "train"),
+    ("latent", "last_layer"),
     ("latent", "train"),
     ("starts", "communities"),
     ("cluster_number", "clustering"),
