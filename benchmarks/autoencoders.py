@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,21 @@ import pyro
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
-from torch.distributions import kl_divergence
+from torch.distributions import MultivariateNormal, kl_divergence
 
 import pyro_velo as pv
 from pyro_velo import simulate
 from pyro_velo.agreement import Agreement, agreement
-from pyro_velo.cluster_number import choose_clusters
+from pyro_velo.cluster_number import choose_clusters, judged
 from pyro_velo.clustering import TRAINING, Started, elbo_for, fit_profiles
 from pyro_velo.encoders import Encoder
 from pyro_velo.evidence import evidence
-from pyro_velo.latent import cluster_probabilities, converted, denoised
+from pyro_velo.last_layer import LastLayer
+from pyro_velo.latent import Interval, cluster_probabilities, converted, denoised
 from pyro_velo.likelihoods import NB, ZINB, ZIP, Bernoulli, Poisson
 from pyro_velo.profiles import UNKNOWN, Profiles
-from pyro_velo.starts import StartSettings
-from pyro_velo.train import Fitted, Training, restore, train
+from pyro_velo.starts import Start, StartSettings, mixture_start
+from pyro_velo.train import Fitted, Training, TrainSettings, restore, train
 
 SHARE_OF_LABELS = 0.05
 
@@ -123,6 +125,39 @@ def null(seed: int) -> dict[str, Any]:
     return number(seed, true=1)
 
 
+KINDS = {
+    f"{covariance}, {start}": (covariance == "full", StartSettings(restarts=1, neighbours=neighbours))
+    for covariance in ("diagonal", "full")
+    for start, neighbours in (("EM", 0), ("graph", 15))
+}
+"""What clusters may be, and where they start: all that `--covariance` and `--neighbours` say."""
+
+
+def kinds(seed: int, n_cells: int = 1000, n_genes: int = 50) -> dict[str, Any]:
+    """`clusters` for each of `KINDS`, and how many clusters each says there are where there is one (`null`)."""
+    found = simulate.simulate_clusters(n_cells, n_genes, seed=seed)
+    cells = Profiles.of_counts(torch.from_numpy(found.counts))
+    row = {}
+    for name, fits in _each_kind(cells, (5,), replace(TRAINING, seed=seed)).items():
+        row[f"{name}: ARI"] = agreement(found.label, _clusters(fits[5], cells)).ari
+    found = simulate.simulate_clusters(n_cells, n_genes, settings=simulate.ClusterSettings(clusters=1), seed=seed)
+    cells = Profiles.of_counts(torch.from_numpy(found.counts))
+    for name, fits in _each_kind(cells, (1, 2, 3), replace(TRAINING, seed=seed, max_steps=600)).items():
+        row[f"{name}: of one"] = judged(fits, {k: evidence(fit, cells) for k, fit in fits.items()}).choice
+    return row
+
+
+def _each_kind(cells: Profiles, numbers: Iterable[int], settings: TrainSettings) -> dict[str, dict[int, Fitted]]:
+    """Fits with each number of clusters, of each of `KINDS`, that go on from one VAE."""
+    begun = Started.of(
+        pv.GMVAE(1), None, cells, settings=settings, start=StartSettings(neighbours=15), progress=False
+    )  # fmt: skip
+    return {
+        name: {k: replace(begun, start=start).fit(pv.GMVAE(k, correlated=correlated)) for k in numbers}
+        for name, (correlated, start) in KINDS.items()
+    }
+
+
 def transfer(seed: int, n_cells: int = 1500, n_genes: int = 60) -> dict[str, Any]:
     """Five types under two conditions; the first type is never seen under the second, to which it is converted."""
     settings = simulate.ClusterSettings(conditions=2)
@@ -135,18 +170,25 @@ def transfer(seed: int, n_cells: int = 1500, n_genes: int = 60) -> dict[str, Any
     clusters = _clusters(fitted, cells)
     source = np.flatnonzero((label == 0) & (condition == 0))
     part = cells.among(torch.from_numpy(source))
-    made = converted(fitted, part, torch.eye(2)[[1]].expand(len(part), 2), mean=True, seed=seed)
+    last_layer, others = LastLayer.of(fitted, cells, seed=seed), torch.eye(2)[[1]].expand(len(part), 2)
+    made = converted(fitted, part, others, mean=True, seed=seed, last_layer=last_layer)
+    point = converted(fitted, part, others, mean=True, seed=seed)
+    each = converted(fitted, part, others, seed=seed, last_layer=last_layer)
+    # What is expected of the unseen cells, and not the mean of those that happen to be there, which scatters as much.
+    expected = np.exp(found.log_mean[0, 1]) / np.exp(found.log_mean[0, 1]).sum() * float(everyone.x.sum(1).median())
     profiles = (everyone.x / everyone.size_factors).numpy()
     truth, seen = profiles[unseen].mean(0), profiles[~unseen]
-    others = label != 0
-    shift = seen[others & (condition == 1)].mean(0) - seen[others & (condition == 0)].mean(0)
+    rest = label != 0
+    shift = seen[rest & (condition == 1)].mean(0) - seen[rest & (condition == 0)].mean(0)
     return {
         "ARI, types": agreement(label, clusters).ari,
         "ARI, conditions": agreement(condition, clusters).ari,
         "R2 of the conversion": _r2(made.mean, truth),
         "of the mean shift": _r2(seen[source].mean(0) + shift, truth),
         "of no change": _r2(seen[source].mean(0), truth),
-        "90 % intervals cover": float(((made.q05 <= truth) & (truth <= made.q95)).mean()),
+        "90 % intervals of the mean cover": _coverage(made, expected),
+        "without the last layer's posterior": _coverage(point, expected),
+        "90 % intervals of cells cover": _coverage(each, expected),
     }
 
 
@@ -158,10 +200,8 @@ SPREAD = StartSettings(vae_steps=2000, restarts=1, neighbours=15)
 
 def mnist(seed: int) -> dict[str, Any]:
     """10,000 images of digits, zeros and ones, without labels."""
+    fitted = _started(seed).fit(pv.GMVAE(10, Bernoulli(), **DIGITS))
     cells, digit = _digits()
-    model = pv.GMVAE(10, Bernoulli(), **DIGITS)
-    settings = replace(TRAINING, seed=seed)
-    fitted = fit_profiles(model, Encoder(DIGITS["hidden"]), cells, settings=settings, start=SPREAD, progress=False)
     score = agreement(digit, _clusters(fitted, cells))
     return {"accuracy": score.accuracy, "ARI": score.ari, "NMI": score.nmi}
 
@@ -171,10 +211,17 @@ def mnist_labels(seed: int) -> dict[str, Any]:
     cells, digit = _digits()
     known = np.random.default_rng(seed).random(len(digit)) < SHARE_OF_LABELS
     cells = replace(cells, labels=torch.from_numpy(np.where(known, digit, UNKNOWN)))
-    model = pv.CGMDVAE(10, Bernoulli(), classify=5.0, **DIGITS)
-    settings, start = replace(TRAINING, seed=seed), replace(SPREAD, neighbours=5, sure=0.9, passes=2)
-    fitted = fit_profiles(model, Encoder(DIGITS["hidden"]), cells, settings=settings, start=start, progress=False)
+    begun = replace(_started(seed), cells=cells, start=replace(SPREAD, neighbours=5, sure=0.9, passes=2))
+    fitted = begun.fit(pv.CGMDVAE(10, Bernoulli(), classify=5.0, **DIGITS))
     return {"accuracy of the others": float((_clusters(fitted, cells) == digit)[~known].mean())}
+
+
+@cache
+def _started(seed: int) -> Started:
+    """The digits' VAE, which knows of no clusters: both tasks go on from one, where both are run."""
+    model, settings = pv.GMVAE(10, Bernoulli(), **DIGITS), replace(TRAINING, seed=seed)
+    cells, _ = _digits()
+    return Started.of(model, Encoder(DIGITS["hidden"]), cells, settings=settings, start=SPREAD, progress=False)
 
 
 def _digits() -> tuple[Profiles, NDArray[np.int64]]:
@@ -216,28 +263,52 @@ NUMBERS = (5, 6, 8, 10)
 RESOLUTIONS = tuple(np.arange(0.1, 1.55, 0.1))
 
 
+FITTED = ("full, EM", "full, graph")
+"""Of `KINDS`, those that are fitted to the pancreas; of all, the starts are scored."""
+
+
 def pancreas(seed: int) -> dict[str, Any]:
     """ARI and NMI against the eight annotated types: GMVAE, and Leiden on PCA and on a VAE's latent means.
 
-    Each at the number of clusters, or the resolution, that agrees best.
+    Each at the number of clusters, or the resolution, that agrees best; of GMVAE also that which the held-out bound
+    chooses.
     """
     import scanpy as sc
 
     adata, cells = _pancreas()
     types = adata.obs["clusters"].astype(str).to_numpy()
     settings = replace(TRAINING, seed=seed, max_steps=400)
-    model = pv.GMVAE(1, correlated=True)
-    begun = Started.of(model, None, cells, settings=settings, start=StartSettings(restarts=1), progress=False)
-    found = {k: agreement(types, _clusters(begun.fit(replace(model, n_clusters=k)), cells)) for k in NUMBERS}
+    start = StartSettings(neighbours=15)
+    begun = Started.of(pv.GMVAE(1), None, cells, settings=settings, start=start, progress=False)
+    row: dict[str, Any] = {}
+    for name, (correlated, kind) in KINDS.items():
+        model, here = pv.GMVAE(1, correlated=correlated), replace(begun, start=kind)
+        begins = {k: mixture_start(here.z, k, correlated=correlated, settings=kind, seed=seed, view=here.view)
+                  for k in NUMBERS}  # fmt: skip
+        row |= {f"start, {name}: ARI of {k}": agreement(types, _placed(each, here.z)).ari for k, each in begins.items()}
+        if name not in FITTED:
+            continue
+        fits = {k: here.fit(replace(model, n_clusters=k)) for k in NUMBERS}
+        found = {k: agreement(types, _clusters(fit, cells)) for k, fit in fits.items()}
+        chosen = judged(fits, {k: evidence(fit, cells, draws=1) for k, fit in fits.items()}).choice
+        row |= _best(f"GMVAE, {name}", found)
+        row |= {f"GMVAE, {name}: ARI of {k}": each.ari for k, each in found.items()}
+        row |= {f"GMVAE, {name}: chosen": chosen, f"GMVAE, {name}: ARI of the chosen": found[chosen].ari}
     log = type(adata)(adata.layers["spliced"].copy())
     sc.pp.normalize_total(log)
     sc.pp.log1p(log)
     sc.pp.pca(log, n_comps=30, random_state=seed)
     return {
-        **_best("GMVAE", found),
+        **row,
         **_best("Leiden on the VAE", _leiden(begun.z, types, seed)),
         **_best("Leiden on PCA", _leiden(log.obsm["X_pca"], types, seed)),
     }
+
+
+def _placed(begun: Start, z: NDArray) -> NDArray[np.int64]:
+    """The likeliest cluster of each z (N, d)."""
+    each = MultivariateNormal(begun.loc, scale_tril=begun.root)
+    return (each.log_prob(torch.from_numpy(z).to(begun.loc)[:, None]) + begun.shares.log()).argmax(1).numpy()
 
 
 def _leiden(positions: NDArray, types: NDArray, seed: int) -> dict[float, Agreement]:
@@ -262,6 +333,10 @@ def _clusters(fitted: Fitted, cells: Profiles) -> NDArray[np.int64]:
     return cluster_probabilities(fitted, cells, draws=20).argmax(1)
 
 
+def _coverage(found: Interval, truth: NDArray) -> float:
+    return float(((found.q05 <= truth) & (truth <= found.q95)).mean())
+
+
 def _r2(made: NDArray, truth: NDArray) -> float:
     """The share of the variance over genes that is explained."""
     return float(1 - ((made - truth) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
@@ -269,7 +344,7 @@ def _r2(made: NDArray, truth: NDArray) -> float:
 
 TASKS: dict[str, Callable[[int], dict[str, Any]]] = {
     task.__name__: task
-    for task in (poisson, clusters, number, null, transfer, mnist, mnist_labels, likelihoods, pancreas)
+    for task in (poisson, clusters, number, null, kinds, transfer, mnist, mnist_labels, likelihoods, pancreas)
 }
 
 

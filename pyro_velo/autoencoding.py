@@ -44,6 +44,8 @@ Array = NDArray[np.float64]
 
 MODELS: dict[str, type[VAE | GMVAE | CGMDVAE]] = {"vae": VAE, "gmvae": GMVAE, "cgmdvae": CGMDVAE}
 """What the command line calls them."""
+COVARIANCES: dict[str, bool] = {"diagonal": False, "full": True}
+"""What it calls clusters that are `correlated`, or not."""
 
 KIND = "autoencoder"
 
@@ -52,7 +54,7 @@ KIND = "autoencoder"
 class ProfileFit:
     """A fitted autoencoder, with the data that it was fitted on.
 
-    `number` says why it has so many clusters, where it chose their number itself.
+    `number` says why it has so many clusters, where it chose their number itself; `start` how those began.
     """
 
     fitted: Fitted
@@ -60,6 +62,7 @@ class ProfileFit:
     model: VAE | Mixed
     guide: Guide
     number: NumberOfClusters | None = None
+    start: StartSettings | None = None
 
     @property
     def recipe(self) -> str:
@@ -162,6 +165,7 @@ class ProfileFit:
             "version": __version__,
             "interrupted": self.interrupted,
             "number": None if self.number is None else self.number.describe(),
+            "start": None if self.start is None else asdict(self.start),
         }
         about |= _describe(self.data, self.model, self.guide)
         checkpoint.save(self.fitted.training, folder, about=about)
@@ -178,6 +182,8 @@ class ProfileFit:
             "held_out_elbo": self.fitted.held_out_elbo,
             "interrupted": self.interrupted,
         }
+        if self.start is not None:
+            about["start"] = asdict(self.start)
         if self.number is not None:
             told = self.number.describe()
             about["number_of_clusters"] = {name: told[name] for name in ("candidates", "bounds", "choice")}
@@ -244,7 +250,7 @@ def vae(
             fitted, model = number.fitted, replace(model, n_clusters=number.choice)
     except NonFiniteError as error:
         raise error.named(data.gene_names) from None
-    found = ProfileFit(fitted, data, model, guide, number)
+    found = ProfileFit(fitted, data, model, guide, number, None if isinstance(model, VAE) else start)
     if save is not None:
         found.save(save, overwrite=True)
         if not found.interrupted:
@@ -294,7 +300,8 @@ def load_vae(
             raise InputError(f"Expected the {what} that were fitted and kept in {folder}; got others. Pass the same.")
     fitted = replace(restore(model, guide, data.profiles, training), interrupted=about["interrupted"])
     number = None if about["number"] is None else NumberOfClusters.of(about["number"], fitted)
-    return ProfileFit(fitted, data, model, guide, number)
+    start = None if about["start"] is None else StartSettings(**about["start"])
+    return ProfileFit(fitted, data, model, guide, number, start)
 
 
 def _part(name: str, given: Any, about: dict[str, Any], folder: str | Path) -> Any:
@@ -353,8 +360,8 @@ def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
     given = {"max_epochs": options.max_epochs, "batch_size": options.batch_size}
     training = replace(TRAINING, **{name: value for name, value in given.items() if value is not None})
     fit = vae(
-        model, None, adata, seed=options.seed, settings=training, candidates=candidates, prune=options.prune, data=data,
-        save=options.save, resume=options.resume,
+        model, None, adata, seed=options.seed, settings=training, start=StartSettings(neighbours=options.neighbours),
+        candidates=candidates, prune=options.prune, data=data, save=options.save, resume=options.resume,
     )  # fmt: skip
     fit.write(adata, denoised=options.denoised, overwrite=options.overwrite)
     write_whole(adata, output, options.overwrite)
@@ -372,8 +379,8 @@ def recipe(options: VAEOptions) -> tuple[VAE | Mixed, Sequence[int] | None]:
     """
     likelihood = PROFILE_LIKELIHOODS[options.likelihood]()
     if options.model == "vae":
-        for name in ("clusters", "label_key", "prune"):
-            if getattr(options, name) not in (None, False):
+        for name in ("clusters", "label_key", "prune", "sizes", "covariance", "neighbours"):
+            if getattr(options, name) != getattr(VAEOptions, name):
                 raise InputError(
                     f"Expected no {name.replace('_', '-')} for a model without clusters; got "
                     f"{getattr(options, name)!r}. Use --model gmvae or cgmdvae."
@@ -382,5 +389,6 @@ def recipe(options: VAEOptions) -> tuple[VAE | Mixed, Sequence[int] | None]:
     sizes = SIZES[options.sizes]()
     kind = {"gmvae": GMVAE, "cgmdvae": CGMDVAE}[options.model]
     n_clusters = options.clusters or (max(options.candidates) if options.prune else 1)
-    model = kind(n_clusters, likelihood, sizes, n_latent=options.latent)
+    correlated = COVARIANCES[options.covariance]
+    model = kind(n_clusters, likelihood, sizes, n_latent=options.latent, correlated=correlated)
     return model, None if options.clusters or options.prune else options.candidates

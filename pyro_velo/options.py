@@ -71,6 +71,8 @@ class FitOptions:
 VAEModelName = Literal["vae", "gmvae", "cgmdvae"]
 ProfileLikelihoodName = Literal["poisson", "nb", "zip", "zinb", "normal", "bernoulli"]
 SizesName = Literal["uniform", "learned", "dirichlet"]
+CovarianceName = Literal["diagonal", "full"]
+"""What clusters have in the latent space: a variance in each dimension, or a covariance."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ class VAEOptions:
     """The options of `pyro-velo vae`; `None` leaves the choice to `clustering.TRAINING`, the file or the machine.
 
     `layer` is by default `X`; `depth` counts the cells' library sizes as known; `clusters` is how many, by default
-    chosen among `candidates`; `prune` merges those of them that are too many; `condition_key`, `covariates` and
-    `label_key` are columns of obs; `denoised` writes a layer; `save` and `resume` are folders of checkpoints; `report`
-    is an HTML file.
+    chosen among `candidates`; `prune` merges those of them that are too many; `covariance` is what each of them has;
+    `neighbours` of each cell make the graph whose communities they start from (0: a Gaussian mixture);
+    `condition_key`, `covariates` and `label_key` are columns of obs; `denoised` writes a layer; `save` and `resume` are
+    folders of checkpoints; `report` is an HTML file.
     """
 
     model: VAEModelName = "gmvae"
@@ -91,6 +94,8 @@ class VAEOptions:
     candidates: tuple[int, ...] = tuple(range(1, 11))
     prune: bool = False
     sizes: SizesName = "learned"
+    covariance: CovarianceName = "diagonal"
+    neighbours: int = 0
     latent: int = 10
     condition_key: str | None = None
     covariates: tuple[str, ...] = ()

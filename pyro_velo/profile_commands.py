@@ -21,6 +21,7 @@ from pyro_velo.arguments import (
 )
 from pyro_velo.errors import FitError
 from pyro_velo.options import (
+    CovarianceName,
     DataSetName,
     ProfileLikelihoodName,
     SamplerName,
@@ -52,6 +53,12 @@ def vae(
         bool, typer.Option("--prune", help="Fit K clusters (default: 10) and merge those that are too many.")
     ] = False,
     sizes: Annotated[SizesName, typer.Option(help="What is known of the clusters' sizes.")] = VAEOptions.sizes,
+    covariance: Annotated[
+        CovarianceName, typer.Option(help="Of a cluster: along the latent dimensions, or any.")
+    ] = VAEOptions.covariance,
+    neighbours: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Start from communities of a graph of N a cell; 0: from a mixture.")
+    ] = VAEOptions.neighbours,
     latent: Annotated[int, typer.Option(min=1, metavar="D", help="Latent dimensions.")] = VAEOptions.latent,
     condition_key: Annotated[str | None, typer.Option(metavar="C", help="obs: what the networks are told.")] = None,
     covariate: Covariates = None,
@@ -75,6 +82,8 @@ def vae(
         clusters=clusters,
         prune=prune,
         sizes=sizes,
+        covariance=covariance,
+        neighbours=neighbours,
         latent=latent,
         condition_key=condition_key,
         covariates=tuple(covariate or ()),

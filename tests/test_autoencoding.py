@@ -16,7 +16,7 @@ from anndata import AnnData
 from numpy.testing import assert_allclose, assert_array_equal
 
 import pyro_velo as pv
-from pyro_velo.autoencoding import MODELS
+from pyro_velo.autoencoding import COVARIANCES, MODELS
 from pyro_velo.cli import main
 from pyro_velo.cluster_sizes import SIZES
 from pyro_velo.clustering import TRAINING
@@ -24,7 +24,7 @@ from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.simulated import clusters_to_anndata
 from pyro_velo.errors import InputError
 from pyro_velo.likelihoods import NB, PROFILE_LIKELIHOODS, Bernoulli, Normal
-from pyro_velo.options import ProfileLikelihoodName, SizesName, VAEModelName, VAEOptions
+from pyro_velo.options import CovarianceName, ProfileLikelihoodName, SizesName, VAEModelName, VAEOptions
 from pyro_velo.plots.profiles import latent_plane
 from pyro_velo.profiles import UNKNOWN
 from pyro_velo.simulate import ClusterSettings, simulate_clusters
@@ -52,10 +52,17 @@ def command(*arguments: str | Path) -> tuple[int, str, str]:
 
 
 def test_the_command_lines_names_are_those_of_the_tables() -> None:
-    for names, table in ((VAEModelName, MODELS), (ProfileLikelihoodName, PROFILE_LIKELIHOODS), (SizesName, SIZES)):
+    for names, table in (
+        (VAEModelName, MODELS),
+        (ProfileLikelihoodName, PROFILE_LIKELIHOODS),
+        (SizesName, SIZES),
+        (CovarianceName, COVARIANCES),
+    ):
         assert list(names.__args__) == list(table)
     for name, make in (("model", MODELS), ("likelihood", PROFILE_LIKELIHOODS), ("sizes", SIZES)):
         assert getattr(VAEOptions(), name) in make
+    assert COVARIANCES[VAEOptions.covariance] == pv.GMVAE.correlated == pv.CGMDVAE.correlated
+    assert VAEOptions.neighbours == StartSettings.neighbours
 
 
 def test_the_data_are_the_genes_that_differ_as_they_stand() -> None:
@@ -181,8 +188,36 @@ def test_the_command_writes_clusters_and_a_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "model", "neighbours"),
+    [
+        (["--covariance", "full"], pv.GMVAE(2, n_latent=2, correlated=True), StartSettings.neighbours),
+        (["--covariance", "diagonal", "--neighbours", 0], pv.GMVAE(2, n_latent=2, correlated=False), 0),
+        (["--neighbours", 7], pv.GMVAE(2, n_latent=2), 7),
+    ],
+)
+def test_the_command_fits_what_its_options_say_of_clusters(
+    tmp_path: Path, options: list, model: pv.GMVAE, neighbours: int
+) -> None:
+    source, output = tmp_path / "in.h5ad", tmp_path / "out.h5ad"
+    adata = simulated(60)
+    adata.write_h5ad(source)
+    quick = ["--layer", "counts", "--clusters", 2, "--latent", 2, "--max-epochs", 2]
+    code, _, err = command("vae", source, "-o", output, *quick, *options)
+    assert code == 0, err
+    made = anndata.read_h5ad(output)
+    data, settings = pv.profile_data(adata, layer="counts"), replace(TRAINING, max_epochs=2)
+    start = StartSettings(neighbours=neighbours)
+    fit = pv.vae(model, None, adata, data=data, settings=settings, start=start, progress=False)
+    assert_array_equal(made.obsm["vae_cluster_probs"], fit.cluster_probabilities().astype(np.float32))
+    assert made.uns[keys.UNS_VAE]["start"]["neighbours"] == neighbours
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--model", "vae", "--covariance", "full"], "Expected no covariance for a model without clusters"),
+        (["--model", "vae", "--neighbours", 3], "Expected no neighbours for a model without clusters"),
+        (["--neighbours", -1], "should be greater than or equal to 0"),
         (["--model", "vae", "--clusters", 2], "Expected no clusters for a model without clusters"),
         (["--model", "vae", "--label-key", "cluster"], "Expected no label-key"),
         (["--likelihood", "bernoulli"], "expects zeros and ones"),
