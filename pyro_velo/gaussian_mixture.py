@@ -56,6 +56,14 @@ class GaussianMixture(TorchDistribution):
         r"""$\log\pi_k + \log\mathcal N(z \mid \mu_k, \Sigma_k)$, (..., K)."""
         return self.log_weights + self.log_components(z)
 
+    def component(self, k: Tensor) -> TorchDistribution:
+        """p(z | k) of numbers k (...,), where components are the same for all: `loc` and `scale` (K, d)."""
+        if self.lower is None:
+            return dist.Normal(self.loc[k], self.scale[k]).to_event(1)
+        unit = torch.eye(self.loc.shape[-1]).to(self.loc)
+        root = torch.linalg.solve_triangular(unit + self.lower.tril(-1), unit, upper=False, unitriangular=True)
+        return dist.MultivariateNormal(self.loc[k], scale_tril=(self.scale.unsqueeze(-1) * root)[k])
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Log p(z), (...,)."""
         return self.log_joint(z).logsumexp(-1)

@@ -94,7 +94,7 @@ class VAEOptions:
     candidates: tuple[int, ...] = tuple(range(1, 11))
     prune: bool = False
     sizes: SizesName = "learned"
-    covariance: CovarianceName = "diagonal"
+    covariance: CovarianceName = "full"
     neighbours: int = 0
     latent: int = 10
     condition_key: str | None = None

@@ -190,7 +190,7 @@ def test_the_command_writes_clusters_and_a_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "model", "neighbours"),
     [
-        (["--covariance", "full"], pv.GMVAE(2, n_latent=2, correlated=True), StartSettings.neighbours),
+        ([], pv.GMVAE(2, n_latent=2), StartSettings.neighbours),
         (["--covariance", "diagonal", "--neighbours", 0], pv.GMVAE(2, n_latent=2, correlated=False), 0),
         (["--neighbours", 7], pv.GMVAE(2, n_latent=2), 7),
     ],
@@ -215,7 +215,7 @@ def test_the_command_fits_what_its_options_say_of_clusters(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model", "vae", "--covariance", "full"], "Expected no covariance for a model without clusters"),
+        (["--model", "vae", "--covariance", "diagonal"], "Expected no covariance for a model without clusters"),
         (["--model", "vae", "--neighbours", 3], "Expected no neighbours for a model without clusters"),
         (["--neighbours", -1], "should be greater than or equal to 0"),
         (["--model", "vae", "--clusters", 2], "Expected no clusters for a model without clusters"),

@@ -55,6 +55,16 @@ def test_its_draws_have_its_mean_and_covariance(correlated: bool) -> None:
 
 
 @exact
+@pytest.mark.parametrize("correlated", [False, True])
+def test_a_component_is_that_of_the_mixture(correlated: bool) -> None:
+    torch.manual_seed(3)
+    lower = torch.randn(3, 4, 4) if correlated else None
+    p = GaussianMixture(torch.zeros(3), torch.randn(3, 4), torch.rand(3, 4) + 0.5, lower)
+    k, z = torch.tensor([2, 0, 1, 1, 2]), torch.randn(5, 4)
+    assert_close(p.component(k).log_prob(z), p.log_components(z).gather(1, k[:, None]).squeeze(1))
+
+
+@exact
 def test_correlated_components_are_those_of_torch_and_start_from_their_covariances() -> None:
     torch.manual_seed(2)
     factor = torch.randn(3, 4, 4)

@@ -60,6 +60,7 @@ def test_the_guide_of_the_paper_sums_over_every_cluster(weight: float, labels: b
     model = GMVAE(3, Normal(), Given((0.2, 0.5, 0.3)), n_latent=2, hidden=(3,), enumerated=True, classify=0.0)
     with pyro.get_param_store().scope(), pyro.validation_enabled(False), torch.no_grad():
         program = model.build(cells)
+        program.components.begin(torch.randn(3, 2), torch.tensor([[1.0, 0], [0.7, 0.5]]).expand(3, 2, 2))
         guide = PerCluster((5,), (5,))(program)
         batch = cells.batch(torch.arange(9))
         with KLWeight(weight):

@@ -62,12 +62,13 @@ def test_the_nearest_lose_the_least_and_one_without_cells_goes_first(rng: np.ran
 @pytest.mark.parametrize(
     "model",
     [
+        GMVAE(2, NB(), Learned(), correlated=False, **SMALL),
         GMVAE(2, NB(), Learned(), **SMALL),
-        GMVAE(2, NB(), Learned(), correlated=True, **SMALL),
         GMVAE(2, NB(), Dirichlet(0.5), **SMALL),
+        CGMDVAE(2, NB(), Learned(), correlated=False, **SMALL),
         CGMDVAE(2, NB(), Learned(), **SMALL),
     ],
-    ids=["diagonal", "correlated", "dirichlet", "style"],
+    ids=["diagonal", "correlated", "dirichlet", "style, diagonal", "style"],
 )
 def test_a_cluster_that_is_there_twice_is_merged_without_a_trace(model) -> None:
     """Half of a cluster and its other half are that cluster: the bound, and each cell's clusters, are as before."""

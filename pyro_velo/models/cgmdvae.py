@@ -1,7 +1,7 @@
 r"""The conditional Gaussian-mixture Dirichlet autoencoder, c*GM$\Delta$VAE, as a Pyro program (Kolb 2023, eqs. 8-17).
 
 $$w_n \sim p(w \mid c_n), \qquad d_n \sim \mathrm{Dir}(\alpha), \qquad y_n \sim \mathrm{Cat}(d_n),$$
-$$z_n \sim \mathcal N(\mu(w_n, c_n)_{y_n}, \sigma(w_n, c_n)_{y_n}), \qquad x_n \sim p(x \mid z_n, c_n)$$
+$$z_n \sim \mathcal N(\mu(w_n, c_n)_{y_n}, \Sigma(w_n, c_n)_{y_n}), \qquad x_n \sim p(x \mid z_n, c_n)$$
 
 | site | batch shape | event |
 |---|---|---|
@@ -62,7 +62,7 @@ class CGMDVAE(Model):
     interactions: bool = False
     learned_style: bool = False
     condition_clusters: bool = False
-    correlated: bool = False
+    correlated: bool = True
     classify: float = 1.0
     free_nats: float = 0.0
 

@@ -1,6 +1,6 @@
 r"""The Gaussian-mixture variational autoencoder as a Pyro program (Grønbech et al. 2020; Dilokthanakul et al. 2016).
 
-$$y_n \sim \mathrm{Cat}(\pi), \quad z_n \sim \mathcal N(\mu_{y_n}, \sigma^2_{y_n}), \quad x_n \sim p(x \mid z_n, c_n)$$
+$$y_n \sim \mathrm{Cat}(\pi), \quad z_n \sim \mathcal N(\mu_{y_n}, \Sigma_{y_n}), \quad x_n \sim p(x \mid z_n, c_n)$$
 
 | site | batch shape | event |
 |---|---|---|
@@ -54,7 +54,7 @@ class GMVAE(Model):
     decoded: Sequence[str] = ()
     interactions: bool = True
     enumerated: bool = False
-    correlated: bool = False
+    correlated: bool = True
     classify: float = 1.0
     free_nats: float = 0.0
 
@@ -114,7 +114,7 @@ class GMVAEProgram(nn.Module):
         if self.recipe.classify:
             note_labels(log_q, batch, self.recipe.classify)
         y = pyro.sample("y", dist.Categorical(logits=mixture.log_weights))
-        return pyro.sample("z", dist.Normal(mixture.loc[y], mixture.scale[y]).to_event(1))
+        return pyro.sample("z", mixture.component(y))
 
     def log_clusters(self, values: Mapping[str, Tensor], batch: ProfileBatch) -> Tensor:
         """Log q(y), (B, K), given a draw of the guide's sites (by name)."""
