@@ -1,4 +1,4 @@
-"""Can the uncertainty be trusted? Recovery and coverage, direction, reversed genes and fates, on data of known truth.
+r"""Can the uncertainty be trusted? Recovery and coverage, direction, reversed genes and fates, on data of known truth.
 
     python benchmarks/trust.py recovery --cells 1000 --seeds 0 1 2 3 4
     python benchmarks/trust.py recovery --times shared --likelihood tobit --rates per-gene
@@ -6,20 +6,26 @@
     python benchmarks/trust.py directional --data stationary recipe permuted pancreas
     python benchmarks/trust.py planted
     python benchmarks/trust.py fates
+    python benchmarks/trust.py ranks --cells 150 --genes 15 --max-epochs 300 --seeds 0 \
+        --times shared --likelihood tobit --rates per-gene
 
 A line of JSON for each fit, and a summary over seeds. `recovery`: correlations with the truth, and how often the
 intervals of the velocity cover it. `directional`: the share of cells called directional; `permuted` is the pancreas,
 the molecules of each gene exchanged among the cells of a cluster. `planted`: a fifth of the genes have their unspliced
 counts mirrored at the steady-state line, so that they rise where they should fall; how many of them the audit names.
-`fates`: how often the interval of a progenitor bin covers the share of its cells that take a fate.
+`fates`: how often the interval of a progenitor bin covers the share of its cells that take a fate. `ranks`:
+simulation-based calibration of `--fits` small fits, whose genes are drawn around a typical one (`GENES`); `--keep`
+holds what is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,9 +39,14 @@ from swaps import COUNTED, PANCREAS, SIMULATIONS, recovered
 
 import pyro_velo as pv
 from pyro_velo import api, simulate
+from pyro_velo.calibrating import CalibrationSettings
 from pyro_velo.fates import shares
 from pyro_velo.options import FitOptions
+from pyro_velo.plots.calibration import calibration_panels
 
+GENES = [f"{rate}=LogNormal({math.log(0.2)}, 0.5)" for rate in ("alpha", "beta", "gamma")]
+GENES += [f"noise=LogNormal({math.log(0.1)}, 0.5)", "onset=Normal(0, 2)"]
+"""Genes that rise and fall while cells are seen; half of them have 0.7 to 1.4 times the rates of a typical one."""
 EARLY_TO_LATE = [("early", "middle"), ("middle", "late")]
 BINS = 5
 
@@ -109,6 +120,19 @@ def fates(args: argparse.Namespace, data: str, seed: int) -> dict[str, float]:
     }
 
 
+def ranks(args: argparse.Namespace, data: str, seed: int) -> dict[str, float]:
+    model, guide = api.recipes(replace(options(args, seed, as_is=True), priors=tuple(GENES)))
+    settings = CalibrationSettings(train=pv.TrainSettings(max_epochs=args.max_epochs), over_states="drawn")
+    found = pv.calibrate(
+        model, guide, (args.cells, args.genes), fits=args.fits, seed=seed, settings=settings, folder=args.keep,
+        progress=False,
+    )  # fmt: skip
+    print(found.table(), flush=True)
+    if args.keep is not None:
+        calibration_panels(found).savefig(args.keep / "ranks.png", dpi=100)
+    return {name: found.coverage(name)[0] for name in found.totals}
+
+
 def _permute(adata: Any, seed: int) -> None:
     """Each gene's unspliced and spliced counts, each by itself, among the cells of a cluster."""
     rng = np.random.default_rng(seed)
@@ -131,7 +155,7 @@ def _neighbours(adata: Any) -> None:
     torch.set_num_threads(threads)
 
 
-JOBS = {"recovery": recovery, "directional": directional, "planted": planted, "fates": fates}
+JOBS = {"recovery": recovery, "directional": directional, "planted": planted, "fates": fates, "ranks": ranks}
 
 
 def main() -> None:
@@ -147,6 +171,8 @@ def main() -> None:
     parser.add_argument("--library", default="known")
     parser.add_argument("--max-epochs", type=int)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--fits", type=int, default=200, help="of each seed, for ranks")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="of ranks: what is done, and a picture")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     for data in args.data:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -16,7 +17,7 @@ import pyro_velo as pv
 from pyro_velo import simulate
 from pyro_velo.batch import Cells
 from pyro_velo.coupled_rates import CoupledRates, Genes, bends
-from pyro_velo.coupling import Information, Search, applies, couple, scores
+from pyro_velo.coupling import ENOUGH, LOOKS, SHORTEST, STRIDE, Information, Search, applies, couple, scores
 from pyro_velo.evidence import evidence
 from pyro_velo.fitting import Fit
 from pyro_velo.guides import WARP, Amortized
@@ -187,7 +188,8 @@ def test_a_cell_that_has_settled_stays(double: None) -> None:
         place, root = search.place.clone(), search.root.clone()
         search._move_cells(torch.zeros_like(place), torch.eye(2).expand_as(root))
         torch.testing.assert_close((search.place, search.root @ search.root.mT), (place, root @ root.mT))
-        # Twice the information along one axis of a cell: the precision goes half of the way.
+        # Twice the information along one axis of a cell: the precision goes half of the way, if steps are half as long.
+        search.stride = 0.5
         more = torch.eye(2) + torch.tensor([[1.0, 1.0], [1.0, 1.0]]) / 2
         search._move_cells(torch.zeros_like(place), more.expand_as(root))
         found = torch.linalg.inv(root) @ search.root @ search.root.mT @ torch.linalg.inv(root).mT
@@ -224,6 +226,23 @@ def test_steps_that_lead_nowhere_are_not_taken(alone: Fitted, monkeypatch: pytes
     monkeypatch.setattr(Search, "_move_together", lambda self, *_: setattr(self, "place", self.place + 3))
     with pytest.warns(UserWarning, match="could not be coupled"):
         assert couple(alone, small_cells(), progress=False) is alone
+
+
+def test_the_search_ends_where_the_bound_was_highest(alone: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds, bound = list[float](), Search.bound
+    with alone.parameters(), pyro.validation_enabled(False):
+        search = Search(alone, small_cells())
+        monkeypatch.setattr(Search, "bound", lambda self: bounds.append(bound(self)) or bounds[-1])
+        assert search.climb(progress=False)
+        assert bounds[0] < max(bounds) == bound(search)
+        assert search.stride < SHORTEST or len(bounds) == 1 + LOOKS
+        assert search.stride < STRIDE and bounds[-1] <= max(bounds)
+        # Steps are halved where the bound rose by next to nothing, and there alone.
+        highest, halved = bounds[0], 0
+        for found in bounds[1:]:
+            halved += found - highest <= ENOUGH * 60
+            highest = max(highest, found)
+        assert search.stride == STRIDE / 2**halved
 
 
 def test_a_fit_is_coupled_and_its_bound_is_higher(uncoupled: Fit, fit: Fit) -> None:
