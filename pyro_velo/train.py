@@ -29,6 +29,7 @@ from pyro_velo.errors import InputError
 from pyro_velo.forensics import NonFiniteError, blame
 from pyro_velo.history import History as History
 from pyro_velo.models.base import Model
+from pyro_velo.optimizer import step_together
 from pyro_velo.schedule import Plateau, Warmup
 
 Guide = Callable[[nn.Module], Any]
@@ -279,7 +280,7 @@ class _Loop:
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
             torch.set_rng_state(before)
             raise NonFiniteError(blame(self.svi.model, self.svi.guide, batch, values), step=step)
-        self.optimizer(values.values())
+        step_together(self.optimizer, values.values())
         zero_grads(values.values())
         return float(loss)
 
