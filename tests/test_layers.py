@@ -59,6 +59,7 @@ LAYER = {module: layer for layer, modules in LAYERS.items() for module in module
 
 SIDEWAYS = {
     ("densities", "special"),
+    ("densities", "compiled"),
     ("emission", "likelihoods"),
     ("assignments", "gaussian_mixture"),
     ("assignments", "states"),
