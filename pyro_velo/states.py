@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import pyro
@@ -124,25 +126,32 @@ _dirichlet_kl_of_genes = fusible(dirichlet_kl)
 
 
 class _DirichletKL(torch.autograd.Function):
+    # Component by component: one fits into the processor's cache where all of them do not.
     @staticmethod
     def forward(ctx: Any, q: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q)
         ctx.concentration = concentration
-        k, total = len(q), q.sum(0)
-        log_gamma, psi = log_gamma_and_digamma(q)
-        log_gamma_total, psi_total = log_gamma_and_digamma(total)
-        expected_log = psi - psi_total
+        k, parts = len(q), q.unbind(0)
+        log_gamma_total, psi_total = log_gamma_and_digamma(_total(parts))
+        log_gammas, psis = zip(*map(log_gamma_and_digamma, parts), strict=True)
+        expected_log = [psi - psi_total for psi in psis]
         prior_norm = math.lgamma(k * concentration) - k * math.lgamma(concentration)
-        kl = log_gamma_total - log_gamma.sum(0) - prior_norm + ((q - concentration) * expected_log).sum(0)
-        return kl, expected_log
+        gaps = [(part - concentration) * each for part, each in zip(parts, expected_log, strict=True)]
+        return log_gamma_total - _total(log_gammas) - prior_norm + _total(gaps), torch.stack(expected_log)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (q,), (by_kl, by_log) = ctx.saved_tensors, grads
-        # With E[log pi_k] = psi(q_k) - psi(sum of q), and d KL / d q_k = the same combination of its slopes and q - c.
-        pulls = torch.addcmul(by_log, by_kl, q - ctx.concentration)
-        return pulls * trigamma(q) - pulls.sum(0) * trigamma(q.sum(0)), None
+        parts = q.unbind(0)
+        # E[log pi_k] has the slopes psi'(q_k) - psi'(sum of q), and the KL those times q - c, summed.
+        pulls = [torch.addcmul(by, by_kl, part - ctx.concentration) for by, part in zip(by_log, parts, strict=True)]
+        of_total = _total(pulls) * trigamma(_total(parts))
+        return torch.stack([pull * trigamma(part) - of_total for pull, part in zip(pulls, parts, strict=True)]), None
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
 SMALLEST_OUTPUT = -10.0

@@ -248,7 +248,7 @@ class VelocityProgram(nn.Module):
     def molecules(
         self, log_weights: Tensor, timed: Timed, landmarks: Landmarks, values: Mapping[str, Tensor], batch: Batch
     ) -> TorchDistribution:
-        """p(u, s) of the batch: the joint mixture, or where it is fused no more than its density at what was measured."""
+        """p(u, s) of the batch: the joint mixture, or where it is fused its density at what was measured alone."""
         # An effect of the experimental batch picks genes' values by cell, whose gradient is no pass over memory.
         if fuses() and batch.group is None:
             return Scored(self.log_density(log_weights, timed, landmarks, dict(values), batch), torch.Size([2]))
