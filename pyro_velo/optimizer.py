@@ -32,8 +32,8 @@ def step_together(optimizer: PyroOptim, parameters: Iterable[Tensor]) -> None:
         settings, state = own.param_groups[0], own.state[parameter]
         settings["lr"] *= settings["lrd"]
         state["step"] += 1
-        alike = (parameter.dtype, parameter.device, state["step"], settings["lr"], settings["clip_norm"])
-        alike += (*settings["betas"], settings["eps"])
+        numbers = (state["step"], settings["lr"], settings["clip_norm"], *settings["betas"], settings["eps"])
+        alike = (parameter.dtype, parameter.device, *numbers)
         groups.setdefault(alike, []).append((parameter.data, parameter.grad.data, state))
     for (_, _, step, lr, clip, beta1, beta2, eps), members in groups.items():
         values, gradients, states = (list(each) for each in zip(*members, strict=True))

@@ -262,7 +262,7 @@ class VelocityProgram(nn.Module):
         """Log p(u, s), (B, G), as one function of tensors: that of `mixture`, state by state."""
         like = log_weights[0]
         values = {name: spread(value, like) for name, value in values.items()}
-        landmarks = Landmarks(*(tuple(spread(each, like) for each in pair) for pair in landmarks))
+        landmarks = Landmarks(*((spread(u, like), spread(s, like)) for u, s in landmarks))
         means = self.means(Rates(*(values[name] for name in RATES)), values, timed, landmarks)
         terms = torch.stack(self.log_joint(self.weighted(log_weights, timed), means, values, batch))
         return terms.amax(0) if self.recipe.states.hard else terms.logsumexp(0)
