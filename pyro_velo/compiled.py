@@ -79,7 +79,8 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
 
     Its gradient is a sum over cells; see `summed_to`.
     """
-    return _Spread.apply(value, like) if torch.compiler.is_compiling() and value.ndim == 1 else value
+    wanted = torch.compiler.is_compiling() and torch.is_grad_enabled() and value.ndim == 1
+    return _Spread.apply(value, like) if wanted else value
 
 
 def summed_to(shape: torch.Size, value: Tensor) -> Tensor:
