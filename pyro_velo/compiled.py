@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import is_dataclass
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -15,14 +20,114 @@ WORTH_COMPILING = 500_000_000
 """Elements to go through, below which the 10 to 30 s of compiling cost more than they save (measured on two cores)."""
 
 
+WORTH_FUSING = 150_000_000
+"""Cells x genes x steps, below which compiling what gradients flow through costs more than it saves (on two cores)."""
+
+_PAYS: ContextVar[bool] = ContextVar("pays", default=False)
+
+
 def compiled(function: Callable[..., Result], elements: int, device: torch.device) -> Callable[..., Result]:
     """`function`, compiled if it will go through `elements` enough on a CPU; as it is where no compiler works.
 
     The results agree to rounding. A function that changes its arguments must do so only after everything else.
     """
-    if device.type != "cpu" or elements < WORTH_COMPILING or shutil.which("g++") is None:
-        return function
-    return _OrAsItIs(function)
+    return _OrAsItIs(function) if _worth(elements, WORTH_COMPILING, device) else function
+
+
+@contextmanager
+def fusing(elements: int, device: torch.device) -> Iterator[None]:
+    """Within it, what is `fusible` is compiled where gradients flow, if `elements` will go through it on a CPU.
+
+    `elements` counts cells x genes x steps. As in `compiled`, results agree to rounding, and all stays as it is where
+    no compiler works.
+    """
+    token = _PAYS.set(_worth(elements, WORTH_FUSING, device))
+    try:
+        yield
+    finally:
+        _PAYS.reset(token)
+
+
+def fuses() -> bool:
+    """Whether a `fusible` function that is called now is compiled."""
+    return not torch.compiler.is_compiling() and _PAYS.get() and torch.is_grad_enabled()
+
+
+def fusible(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function`, which within `fusing` is one pass over memory and not one for each of its operations.
+
+    It is compiled once for each number of genes and for any number of cells, which are on the last axis but one of the
+    first tensor among its arguments, genes on the last. Gene-level values that meet cells in it are `spread` first.
+    """
+
+    @cache
+    def fused() -> _OrAsItIs:
+        return _OrAsItIs(function)
+
+    @wraps(function)
+    def call(*args: Any) -> Result:
+        if not fuses():
+            return function(*args)
+        _cells_vary(args)
+        return fused()(*args)
+
+    return call
+
+
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """A gene-level `value` (G,) as (B, G), the shape of `like`, where it is compiled; elsewhere as it is.
+
+    Its gradient is a sum over cells; see `summed_to`.
+    """
+    wanted = torch.compiler.is_compiling() and torch.is_grad_enabled() and value.ndim == 1
+    return _Spread.apply(value, like) if wanted else value
+
+
+def summed_to(shape: torch.Size, value: Tensor) -> Tensor:
+    """`value.sum_to_size(shape)`, where it is compiled and `shape` is the genes' as a product with ones.
+
+    A sum over cells would be compiled into a pass gene by gene, across all rows of memory.
+    """
+    if torch.compiler.is_compiling() and len(shape) == 1 and value.ndim == 2 and shape[0] == value.shape[1]:
+        return torch.mm(value.new_ones(1, value.shape[0]), value).squeeze(0)
+    return value.sum_to_size(shape)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, like: Tensor) -> Tensor:
+        ctx.shape = value.shape
+        return value.expand_as(like)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return summed_to(ctx.shape, grads[0]), None
+
+
+def _worth(elements: int, least: int, device: torch.device) -> bool:
+    return device.type == "cpu" and elements >= least and shutil.which("g++") is not None
+
+
+def _tensors(node: Any) -> Iterator[Tensor]:
+    """Every tensor in nested arguments."""
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, (tuple, list)):
+        for each in node:
+            yield from _tensors(each)
+    elif isinstance(node, dict):
+        yield from _tensors(tuple(node.values()))
+    elif is_dataclass(node):
+        yield from _tensors(tuple(vars(node).values()))
+
+
+def _cells_vary(args: tuple[Any, ...]) -> None:
+    """Tell the compiler which axes have another length in the next batch: those as long as the first tensor's cells."""
+    tensors = tuple(_tensors(args))
+    for tensor in tensors:
+        for axis, length in enumerate(tensor.shape):
+            if length == tensors[0].shape[-2]:
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 class _OrAsItIs:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_velo.compiled import summed_to
 from pyro_velo.special import stirling_error, stirling_series, stirling_series_slope, stirling_slope
 
 LEAST_MEAN = 2.0**-40
@@ -102,7 +103,7 @@ class _NormalLogDensity(torch.autograd.Function):
         for_x = for_mean = for_scale = None
         if ctx.needs_input_grad[2]:
             # d log p / d scale = (d^2 - 1) / scale, summed over the cells before it is divided.
-            for_scale = torch.addcmul(-grad, slope, d).sum_to_size(ctx.shapes[2]) * inverse
+            for_scale = summed_to(ctx.shapes[2], torch.addcmul(-grad, slope, d)) * inverse
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             slope = slope.mul_(inverse)
             for_mean = slope.sum_to_size(ctx.shapes[1])
@@ -194,7 +195,7 @@ class _StudentTLogDensity(torch.autograd.Function):
         (grad,), (d, inverse) = grads, ctx.saved_tensors
         # d log p / d mean = (df + 1) d / (df + d^2) / scale, and by scale d times as much, less 1 / scale.
         slope = (d * d).add_(ctx.df).reciprocal_().mul_(d).mul_(grad).mul_(ctx.df + 1)
-        for_scale = (slope * d).sub_(grad).sum_to_size(ctx.shapes[2]) * inverse if ctx.needs_input_grad[3] else None
+        for_scale = summed_to(ctx.shapes[2], (slope * d).sub_(grad)) * inverse if ctx.needs_input_grad[3] else None
         slope = slope.mul_(inverse)
         for_x = -slope.sum_to_size(ctx.shapes[0]) if ctx.needs_input_grad[0] else None
         return for_x, None, slope.sum_to_size(ctx.shapes[1]), for_scale
@@ -257,7 +258,7 @@ class _NegativeBinomialLogDensity(torch.autograd.Function):
                 (x / total).div_(2 * r).add_(stirling_series_slope(total)).sub_(stirling_slope(r)).mul_(x.sign())
             )
             at_itself.mul_(grad.sum_to_size(total.shape))
-            by_r = (grad * flat).sum_to_size(r.shape) + at_itself.sum_to_size(r.shape)
+            by_r = summed_to(r.shape, grad * flat) + summed_to(r.shape, at_itself)
         return None, by_mean, by_r
 
 
@@ -287,7 +288,7 @@ class _ZeroInflated(torch.autograd.Function):
         (grad,), (of_base, gate) = grads, ctx.saved_tensors
         by_log_prob = grad * of_base
         # The probability that the gate made x, less what it is before x is seen.
-        found, before = (grad - by_log_prob).sum_to_size(gate.shape), grad.sum_to_size(gate.shape)
+        found, before = summed_to(gate.shape, grad - by_log_prob), summed_to(gate.shape, grad)
         return by_log_prob.sum_to_size(ctx.shape), None, found - before * torch.sigmoid(gate)
 
 

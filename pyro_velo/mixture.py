@@ -10,6 +10,24 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 
+class Scored(TorchDistribution):
+    """What was measured, its log density (...) known already; the value has `event_dim` axes more.
+
+    It stands where a density is asked for at the measured value, and nothing else.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    has_rsample = False
+
+    def __init__(self, log_density: Tensor, event_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
+        self.log_density = log_density
+        super().__init__(log_density.shape, event_shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log density of what was measured, whatever the value."""
+        return self.log_density
+
+
 class JointMixture(TorchDistribution):
     r"""$p(u, s) = \sum_k w_k\, p(u \mid k)\, p(s \mid k)$: one state for both molecules.
 

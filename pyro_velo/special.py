@@ -49,13 +49,17 @@ class _GammaFunctions(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         x, digamma = ctx.saved_tensors
-        trigamma = torch.special.polygamma(1, x) if x.dtype == torch.float64 else _trigamma(x)
-        return torch.addcmul(grads[0] * digamma, grads[1], trigamma)
+        return torch.addcmul(grads[0] * digamma, grads[1], trigamma(x))
 
 
 def digamma(x: Tensor) -> Tensor:
     r"""$\psi(x)$ for x > 0, without a gradient; as in `log_gamma_and_digamma`."""
     return torch.digamma(x) if x.dtype == torch.float64 else _digamma(x, *_recurrence(x))
+
+
+def trigamma(x: Tensor) -> Tensor:
+    r"""$\psi'(x)$ for x > 0, without a gradient; as in `log_gamma_and_digamma`."""
+    return torch.special.polygamma(1, x) if x.dtype == torch.float64 else _trigamma(x)
 
 
 def _log_gamma_and_digamma(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,17 +16,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from pyro_velo.compiled import fusible
 from pyro_velo.errors import InputError
-from pyro_velo.special import digamma, log_gamma_and_digamma
+from pyro_velo.special import digamma, log_gamma_and_digamma, trigamma
 
 STATES = ("induction", "induction steady state", "repression", "repression steady state")
 
@@ -53,6 +58,7 @@ class StateFamily(ABC):
         """The mixture's log-weights (4, B, G) that a value of the site stands for."""
 
 
+@fusible
 def concentrations(outputs: Tensor) -> Tensor:
     """Concentrations (B, G, 4) from outputs (4, B, G), above the 1e-3 below which float32 draws become corners."""
     return (softplus(outputs) + 1e-3).movedim(0, -1)
@@ -97,7 +103,7 @@ class Collapsed(StateFamily):
         """E_q[log pi]; adds -KL(q || p) to the bound."""
         start = like.new_full((len(STATES),), concentration)
         q = pyro.sample("pi", Concentrations(start, event_dim=1).mask(False))
-        kl, expected_log = dirichlet_kl(q.movedim(-1, 0), concentration)
+        kl, expected_log = _dirichlet_kl_of_genes(q.movedim(-1, 0), concentration)
         pyro.sample("pi_kl", dist.Unit(-kl), infer={"kl": True}, obs=like.new_empty(*kl.shape, 0))
         return expected_log
 
@@ -113,13 +119,39 @@ class Collapsed(StateFamily):
 
 def dirichlet_kl(q: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
     """KL(Dirichlet(q) || the symmetric one) over the leading axis, (K, ...) to (...); and E_q[log pi], (K, ...)."""
-    k, total = len(q), q.sum(0)
-    log_gamma, psi = log_gamma_and_digamma(q)
-    log_gamma_total, psi_total = log_gamma_and_digamma(total)
-    expected_log = psi - psi_total
-    prior_norm = math.lgamma(k * concentration) - k * math.lgamma(concentration)
-    kl = log_gamma_total - log_gamma.sum(0) - prior_norm + ((q - concentration) * expected_log).sum(0)
-    return kl, expected_log
+    return _DirichletKL.apply(q, concentration)
+
+
+_dirichlet_kl_of_genes = fusible(dirichlet_kl)
+
+
+class _DirichletKL(torch.autograd.Function):
+    # Component by component: one fits into the processor's cache where all of them do not.
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q)
+        ctx.concentration = concentration
+        k, parts = len(q), q.unbind(0)
+        log_gamma_total, psi_total = log_gamma_and_digamma(_total(parts))
+        log_gammas, psis = zip(*map(log_gamma_and_digamma, parts), strict=True)
+        expected_log = [psi - psi_total for psi in psis]
+        prior_norm = math.lgamma(k * concentration) - k * math.lgamma(concentration)
+        gaps = [(part - concentration) * each for part, each in zip(parts, expected_log, strict=True)]
+        return log_gamma_total - _total(log_gammas) - prior_norm + _total(gaps), torch.stack(expected_log)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (q,), (by_kl, by_log) = ctx.saved_tensors, grads
+        parts = q.unbind(0)
+        # E[log pi_k] has the slopes psi'(q_k) - psi'(sum of q), and the KL those times q - c, summed.
+        pulls = [torch.addcmul(by, by_kl, part - ctx.concentration) for by, part in zip(by_log, parts, strict=True)]
+        of_total = _total(pulls) * trigamma(_total(parts))
+        return torch.stack([pull * trigamma(part) - of_total for pull, part in zip(pulls, parts, strict=True)]), None
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
 SMALLEST_OUTPUT = -10.0

@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_velo.compiled import fusible, spread
 from pyro_velo.kinetics import T_MAX
 from pyro_velo.nn import Decoder
 
@@ -99,8 +100,15 @@ class PerGeneProgram(TimesProgram):
 
     def forward(self, z: Tensor, switch: Tensor, values: Mapping[str, Tensor]) -> Timed:
         """Shares of the time before and after the switch."""
-        rho_on, rho_off = torch.sigmoid(self.decoder(z))
-        return Timed(rho_on * switch, rho_off * (T_MAX - switch))
+        return Timed(*shares_of_time(self.decoder(z), switch))
+
+
+@fusible
+def shares_of_time(outputs: Tensor, switch: Tensor) -> tuple[Tensor, Tensor]:
+    """The sigmoids of outputs (2, B, G) as shares of the times before and after the switch (G,), (B, G) each."""
+    rho_on, rho_off = torch.sigmoid(outputs)
+    switch = spread(switch, rho_on)
+    return rho_on * switch, rho_off * (T_MAX - switch)
 
 
 @dataclass(frozen=True)

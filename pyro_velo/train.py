@@ -18,17 +18,18 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.util import zero_grads
 from pyro.optim import ClippedAdam
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Data, Minibatch
+from pyro_velo.compiled import fusing
 from pyro_velo.doctor.terms import draws_together, terms_of
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import NonFiniteError, blame
 from pyro_velo.history import History as History
 from pyro_velo.models.base import Model
+from pyro_velo.optimizer import step_together
 from pyro_velo.schedule import Plateau, Warmup
 
 Guide = Callable[[nn.Module], Any]
@@ -223,7 +224,9 @@ class _Loop:
         bar = tqdm(total=self.epochs, initial=state.epoch, desc="fit", unit="epoch", disable=_hidden(progress))
         try:
             while state.epoch < self.epochs and not state.plateau.finished:
-                evaluated = self._epoch()
+                # All steps of the run, and not those that are left: going on has the bits of never having stopped.
+                with fusing(self.epochs * self.n_train * self.cells.n_genes, self.cells.device):
+                    evaluated = self._epoch()
                 bar.update()
                 bar.set_postfix_str(_elbos(state.history), refresh=False)
                 if evaluated:
@@ -279,8 +282,10 @@ class _Loop:
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
             torch.set_rng_state(before)
             raise NonFiniteError(blame(self.svi.model, self.svi.guide, batch, values), step=step)
-        self.optimizer(values.values())
-        zero_grads(values.values())
+        step_together(self.optimizer, values.values())
+        for value in values.values():
+            # Not zeros, to which the next gradients would be added.
+            value.grad = None
         return float(loss)
 
     def _look(self, step: int) -> tuple[float, float]:

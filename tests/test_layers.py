@@ -33,6 +33,7 @@ LAYERS: dict[int, set[str]] = {
     },
     1: {
         *("priors", "likelihoods", "states", "initial", "mixture", "times", "transcription", "library"),
+        "optimizer",
         *("emission", "gaussian_mixture", "cluster_sizes", "assignments", "communities", "starts"),
     },
     2: {"models", "rates", "guides", "encoders"},
@@ -58,6 +59,7 @@ LAYER = {module: layer for layer, modules in LAYERS.items() for module in module
 
 SIDEWAYS = {
     ("densities", "special"),
+    ("densities", "compiled"),
     ("emission", "likelihoods"),
     ("assignments", "gaussian_mixture"),
     ("assignments", "states"),

@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 import pyro
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_velo.cluster_sizes import SizesProgram
+from pyro_velo.compiled import fuses, fusible
 from pyro_velo.emission import Emission
 from pyro_velo.likelihoods import Likelihood
+from pyro_velo.mixture import Scored
 from pyro_velo.nn import Decoder
 from pyro_velo.profiles import ProfileBatch, Profiles
 
@@ -79,4 +82,13 @@ class Decoding(nn.Module):
         pyro.module("decoding", self)
         outputs = self.outputs(z.squeeze(-2), batch)
         with pyro.plate("genes", batch.x.shape[1], dim=-1):
-            pyro.sample("x", self.emission(outputs, batch), obs=batch.x)
+            pyro.sample("x", self.emitted(outputs, batch), obs=batch.x)
+
+    def emitted(self, outputs: Tensor, batch: ProfileBatch) -> TorchDistribution:
+        """p(x) of outputs (heads, ..., B, G), or where it is fused no more than its density at what was measured."""
+        return Scored(self.log_density(outputs, batch)) if fuses() else self.emission(outputs, batch)
+
+    @fusible
+    def log_density(self, outputs: Tensor, batch: ProfileBatch) -> Tensor:
+        """Log p(x), (..., B, G), of outputs (heads, ..., B, G)."""
+        return self.emission(outputs, batch).log_prob(batch.x)

@@ -23,12 +23,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_velo.batch import Batch, Cells
+from pyro_velo.compiled import fuses, fusible, spread
 from pyro_velo.errors import InputError
 from pyro_velo.initial import Initialisation, Start, SteadyState, rates_by_order, rough_order
 from pyro_velo.kinetics import T_MAX, Rates, repression, velocity
 from pyro_velo.library import Known, Library, rough
 from pyro_velo.likelihoods import Likelihood, Normal
-from pyro_velo.mixture import JointMixture
+from pyro_velo.mixture import JointMixture, Scored
 from pyro_velo.models.base import Model
 from pyro_velo.priors import Priors
 from pyro_velo.states import Collapsed, StateFamily
@@ -49,6 +50,13 @@ class Means(NamedTuple):
 
     u: tuple[Tensor, ...]
     s: tuple[Tensor, ...]
+
+
+class Landmarks(NamedTuple):
+    """What a gene's curve goes by, (u, s) of (G,) each: at the switch, and in the steady state that it approaches."""
+
+    switch: tuple[Tensor, Tensor]
+    full: tuple[Tensor, Tensor]
 
 
 class Explained(NamedTuple):
@@ -169,8 +177,8 @@ class VelocityProgram(nn.Module):
         with genes:
             values = self.sample_genes()
             rates = Rates(*(values[name] for name in RATES))
-            at_switch = recipe.transcription.induction(rates, values, rates.switch_time)
-            recipe.penalty(*at_switch, self.start, self.ratio, batch.n_cells)
+            landmarks = self.landmarks(rates, values)
+            recipe.penalty(*landmarks.switch, self.start, self.ratio, batch.n_cells)
         with cells:
             z = pyro.sample("z", priors.latent.expand([self.n_latent]).to_event(1))
             timed = self.times(batch.conditioned(self.of_kinetics(z.squeeze(-2))), rates.switch_time, values)
@@ -178,9 +186,8 @@ class VelocityProgram(nn.Module):
                 recipe.order(timed.shared, self.rough_order(batch), self.n_genes)
             with genes:
                 log_weights = recipe.states.prior(priors.concentration, batch.u)
-                means = self.means(rates, values, timed)
-                mixture = self.mixture(self.weighted(log_weights, timed), means, values | {"z": z}, batch)
-                pyro.sample("molecules", mixture, obs=batch.molecules.movedim(0, -1))
+                molecules = self.molecules(log_weights, timed, landmarks, values | {"z": z}, batch)
+                pyro.sample("molecules", molecules, obs=batch.molecules.movedim(0, -1))
 
     @property
     def n_latent(self) -> int:
@@ -233,12 +240,38 @@ class VelocityProgram(nn.Module):
                 values[name] = pyro.sample(name, prior.expand([self.n_groups]).to_event(1))
         return values
 
-    def means(self, rates: Rates, values: Mapping[str, Tensor], timed: Timed) -> Means:
+    def landmarks(self, rates: Rates, values: Mapping[str, Tensor]) -> Landmarks:
+        """Where the states begin and end."""
+        transcription = self.recipe.transcription
+        return Landmarks(transcription.induction(rates, values, rates.switch_time), transcription.full(rates, values))
+
+    def molecules(
+        self, log_weights: Tensor, timed: Timed, landmarks: Landmarks, values: Mapping[str, Tensor], batch: Batch
+    ) -> TorchDistribution:
+        """p(u, s) of the batch: the joint mixture, or where it is fused its density at what was measured alone."""
+        # An effect of the experimental batch picks genes' values by cell, whose gradient is no pass over memory.
+        if fuses() and batch.group is None:
+            return Scored(self.log_density(log_weights, timed, landmarks, dict(values), batch), torch.Size([2]))
+        means = self.means(Rates(*(values[name] for name in RATES)), values, timed, landmarks)
+        return self.mixture(self.weighted(log_weights, timed), means, values, batch)
+
+    @fusible
+    def log_density(
+        self, log_weights: Tensor, timed: Timed, landmarks: Landmarks, values: dict[str, Tensor], batch: Batch
+    ) -> Tensor:
+        """Log p(u, s), (B, G), as one function of tensors: that of `mixture`, state by state."""
+        like = log_weights[0]
+        values = {name: spread(value, like) for name, value in values.items()}
+        landmarks = Landmarks(*((spread(u, like), spread(s, like)) for u, s in landmarks))
+        means = self.means(Rates(*(values[name] for name in RATES)), values, timed, landmarks)
+        terms = torch.stack(self.log_joint(self.weighted(log_weights, timed), means, values, batch))
+        return terms.amax(0) if self.recipe.states.hard else terms.logsumexp(0)
+
+    def means(self, rates: Rates, values: Mapping[str, Tensor], timed: Timed, landmarks: Landmarks) -> Means:
         """The four states' (u, s): on the way up, at its end, on the way down, and empty."""
-        induction = self.recipe.transcription.induction
-        u_on, s_on = induction(rates, values, timed.on)
-        u_off, s_off = repression(*induction(rates, values, rates.switch_time), rates.beta, rates.gamma, timed.off)
-        u_full, s_full = self.recipe.transcription.full(rates, values)
+        u_on, s_on = self.recipe.transcription.induction(rates, values, timed.on)
+        u_off, s_off = repression(*landmarks.switch, rates.beta, rates.gamma, timed.off)
+        u_full, s_full = landmarks.full
         empty = torch.zeros_like(rates.alpha)
         return Means((u_on, u_full, u_off, empty), (s_on, s_full, s_off, empty))
 
@@ -258,6 +291,17 @@ class VelocityProgram(nn.Module):
         return JointMixture(
             log_weights, *self.likelihoods(u, s, values, batch, self.state_scale), hard=self.recipe.states.hard
         )
+
+    def log_joint(
+        self, log_weights: Tensor, means: Means, values: Mapping[str, Tensor], batch: Batch
+    ) -> tuple[Tensor, ...]:
+        """Log p(k, u, s) of each state, (B, G)."""
+        found = []
+        # State by state, and not stacked: a steady state's arithmetic is then that of one number a gene.
+        for log_weight, u, s, scale in zip(log_weights, *means, C_K, strict=True):
+            unspliced, spliced = self.likelihoods(u, s, values, batch, scale)
+            found.append(log_weight + unspliced.log_prob(batch.u) + spliced.log_prob(batch.s))
+        return tuple(found)
 
     def likelihoods(
         self, u: Tensor, s: Tensor, values: Mapping[str, Tensor], batch: Batch, scale: Tensor | float
@@ -285,16 +329,11 @@ class VelocityProgram(nn.Module):
         z (B, 1, d), or (B, G, d) where each gene has its own.
         """
         rates = Rates(*(values[name] for name in RATES))
-        means = self.means(rates, values, timed)
+        means = self.means(rates, values, timed, self.landmarks(rates, values))
         (u_on, _, u_off, _), (s_on, _, s_off, _) = means
         weights = self.weighted(self.recipe.states.log_weights(values["pi"]), timed)
-        # State by state, and not stacked: a steady state's arithmetic is then that of one number a gene.
-        log_joint = []
-        for log_weight, u, s, scale in zip(weights, *means, C_K, strict=True):
-            unspliced, spliced = self.likelihoods(u, s, values, batch, scale)
-            log_joint.append(log_weight + unspliced.log_prob(batch.u) + spliced.log_prob(batch.s))
         return Explained(
-            tuple(log_joint),
+            self.log_joint(weights, means, values, batch),
             *means,
             # In both steady states beta u = gamma s.
             velocity=(velocity(rates, u_on, s_on), 0.0, velocity(rates, u_off, s_off), 0.0),
