@@ -45,7 +45,7 @@ from pyro_velo.options import FitOptions
 from pyro_velo.plots.calibration import calibration_panels
 
 GENES = [f"{rate}=LogNormal({math.log(0.2)}, 0.5)" for rate in ("alpha", "beta", "gamma")]
-GENES += [f"noise=LogNormal({math.log(0.1)}, 0.5)", "onset=Normal(0, 2)"]
+GENES += [f"noise=LogNormal({math.log(0.1)}, 0.5)", "onset=Normal(0, 2)", "switch_time=Uniform(0, 20)"]
 """Genes that rise and fall while cells are seen; half of them have 0.7 to 1.4 times the rates of a typical one."""
 EARLY_TO_LATE = [("early", "middle"), ("middle", "late")]
 BINS = 5

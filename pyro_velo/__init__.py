@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from pyro_velo.prior_draws import draw_from_prior as draw_from_prior
     from pyro_velo.priors import Centered as Centered
     from pyro_velo.priors import Priors as Priors
+    from pyro_velo.priors import ScaleMixture as ScaleMixture
     from pyro_velo.reporting import report as report
     from pyro_velo.sweeping import Sweep as Sweep
     from pyro_velo.sweeping import SweepGrid as SweepGrid
@@ -133,6 +134,7 @@ _NAMES = {
     "SwitchPenalty": "models.velocity",
     "VelocityModel": "models.velocity",
     "Centered": "priors",
+    "ScaleMixture": "priors",
     "Priors": "priors",
     "draw_from_prior": "prior_draws",
     "report": "reporting",

@@ -98,7 +98,7 @@ def with_fixed_priors(model: VelocityModel, like: Cells) -> VelocityModel:
         start = model.build(like).start.sites()
     fixed = {}
     for each in fields(Priors):
-        prior = getattr(model.priors, each.name)
+        prior = getattr(model.all_priors, each.name)
         # What a likelihood adds has a site for each molecule, and one start value for both.
         site = next((name for name in (each.name, f"{each.name}_spliced") if name in start), None)
         if site is not None and not isinstance(prior, dist.Distribution):

@@ -17,7 +17,6 @@ from pyro.distributions import Distribution, constraints
 from torch import Tensor
 
 from pyro_velo.errors import InputError
-from pyro_velo.kinetics import T_MAX
 
 CENTRED = ("alpha", "beta", "gamma", "noise", "alpha_1")
 """What has a start value of its own that the data give."""
@@ -37,28 +36,50 @@ class Centered:
         return dist.LogNormal(start.log(), self.sd)
 
 
+class _RealMixture(dist.MixtureSameFamily):
+    """A mixture whose support Pyro's autoguides know how to transform."""
+
+    support = constraints.real
+
+
+@dataclass(frozen=True)
+class ScaleMixture:
+    r"""Around 0, by how much is not known: $\frac{1}{K} \sum_k \mathcal{N}(0, \mathrm{sd}_k)$.
+
+    With sds that grow by a factor the density falls about as 1/|x| between the smallest and the largest, and says next
+    to nothing of the unit that x is measured in. Under a wide Normal genes that are all near 0 ask for a larger one.
+    """
+
+    sds: tuple[float, ...] = (5.0, 1.25, 0.3, 0.08, 0.02)
+
+    def __call__(self, start: Tensor) -> Distribution:
+        """The prior of batch shape (G,), whatever the start values (G,)."""
+        sds = start.new_tensor(self.sds).expand(*start.shape, -1)
+        return _RealMixture(dist.Categorical(logits=torch.zeros_like(sds)), dist.Normal(0.0, sds))
+
+
 @dataclass(frozen=True)
 class Priors:
     """The priors of the velocity model; swap one by name, as in `Priors(beta=dist.LogNormal(0.0, 0.5))`.
 
-    `alpha`, `beta`, `gamma` in 1/time (alpha: scaled abundance/time), `switch_time` in [0, 20]; `noise` the sd of
-    scaled expression, `dispersion` of negative binomials, `gate` the logit of the share of counts that are lost;
-    `concentration` of the states' symmetric Dirichlet (veloVI: 0.25), `latent` of each coordinate of z. `alpha_1` and
-    `ramp` of time-dependent transcription, `onset` of the time at which a gene comes on by a clock that all share
-    (before 0: it was on already), `deviation` of hierarchical times, `batch_effect` of each experimental batch's
-    log-factor on a gene.
+    `alpha`, `beta`, `gamma` in 1/time (alpha: scaled abundance/time), `switch_time` in time, as the times have it where
+    it is None (`Times.switch_prior`); `noise` the sd of scaled expression, `dispersion` of negative binomials, `gate`
+    the logit of the share of counts that are lost; `concentration` of the states' symmetric Dirichlet (veloVI: 0.25),
+    `latent` of each coordinate of z. `alpha_1` and `ramp` of time-dependent transcription, `onset` of the time at which
+    a gene comes on by a clock that all share (before 0: it was on already), `deviation` of hierarchical times,
+    `batch_effect` of each experimental batch's log-factor on a gene.
     """
 
     alpha: Prior = field(default_factory=Centered)
     beta: Prior = field(default_factory=Centered)
     gamma: Prior = field(default_factory=Centered)
-    switch_time: Prior = field(default_factory=lambda: dist.Uniform(0.0, T_MAX))
+    switch_time: Prior | None = None
     noise: Prior = field(default_factory=Centered)
     dispersion: Prior = field(default_factory=lambda: dist.LogNormal(2.0, 1.5))
     gate: Prior = field(default_factory=lambda: dist.Normal(-3.0, 1.5))
     alpha_1: Prior = field(default_factory=Centered)
     ramp: Prior = field(default_factory=Centered)
-    onset: Prior = field(default_factory=lambda: dist.Normal(0.0, 5.0))
+    onset: Prior = field(default_factory=ScaleMixture)
     deviation: Prior = field(default_factory=lambda: dist.Normal(0.0, 0.3))
     batch_effect: Prior = field(default_factory=lambda: dist.Normal(0.0, 0.5))
     concentration: float = 0.25
@@ -86,7 +107,10 @@ class Priors:
         return cls(**(dict.fromkeys(CENTRED, dist.ImproperUniform(constraints.positive, (), ())) | others))
 
     def of(self, name: str, start: Mapping[str, Tensor], *, kind: str | None = None) -> Distribution:
-        """The prior of the gene-level site `name` at the start values; `kind` is its entry here where names differ."""
+        """The prior of the gene-level site `name` at the start values; `kind` is its entry here where names differ.
+
+        Of switching times only where it is not None.
+        """
         prior = getattr(self, kind or name)
         return prior if isinstance(prior, Distribution) else prior(start[name])
 

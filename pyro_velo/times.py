@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyro_velo.compiled import fusible, spread
 from pyro_velo.kinetics import T_MAX
 from pyro_velo.nn import Decoder
+from pyro_velo.priors import Centered, Prior
 
 
 class Timed(NamedTuple):
@@ -66,6 +67,8 @@ class Times(ABC):
 
     sites: tuple[str, ...] = ()
     """The gene-level sites it adds; each has a prior of the same name in `Priors`."""
+    switch_prior: Prior = dist.Uniform(0.0, T_MAX)
+    """That of the switching times, where `Priors` leaves it open."""
     shared: bool = False
     """Whether cells have a time that their genes share, so that one order of the cells must do for all."""
 
@@ -117,13 +120,15 @@ class Shared(Times):
 
     Genes come on at an `onset` of their own, before 0 where they were on already, and go off `switch_time` later. It
     identifies direction and time where all cells follow one process, and is wrong where lineages do not run in
-    parallel. `elsewhere`: by what the probability of the empty state is multiplied, in which a gene is that stays
-    silent in a cell's lineage.
+    parallel. The unit of time is the one in which cells are uniform on [0, 20]. Were switching times uniform too, every
+    gene would have a say in it: their prior is centred on the start values. `elsewhere`: by what the probability of the
+    empty state is multiplied, in which a gene is that stays silent in a cell's lineage.
     """
 
     onset: float = 0.2
     elsewhere: float = 0.05
     sites = ("onset",)
+    switch_prior = Centered()
     shared = True
 
     def start(self, switch: Tensor) -> dict[str, Tensor]:
@@ -181,6 +186,7 @@ class Hierarchical(Times):
     elsewhere: float = 0.05
     features: int = 10
     sites = ("onset", "deviation")
+    switch_prior = Centered()
     shared = True
 
     def start(self, switch: Tensor) -> dict[str, Tensor]:

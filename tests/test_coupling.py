@@ -240,7 +240,7 @@ def test_the_search_ends_where_the_bound_was_highest(alone: Fitted, monkeypatch:
         # Steps are halved where the bound rose by next to nothing, and there alone.
         highest, halved = bounds[0], 0
         for found in bounds[1:]:
-            halved += found - highest <= ENOUGH * 60
+            halved += not found - highest > ENOUGH * len(search.cells)
             highest = max(highest, found)
         assert search.stride == STRIDE / 2**halved
 

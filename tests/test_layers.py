@@ -61,6 +61,7 @@ SIDEWAYS = {
     ("densities", "special"),
     ("densities", "compiled"),
     ("emission", "likelihoods"),
+    ("times", "priors"),
     ("assignments", "gaussian_mixture"),
     ("assignments", "states"),
     ("guides", "models"),

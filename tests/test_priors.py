@@ -10,11 +10,16 @@ import pytest
 import torch
 from tolerances import assert_close, assert_mean
 
+import pyro_velo as pv
 from pyro_velo.errors import InputError
 from pyro_velo.kinetics import T_MAX
-from pyro_velo.priors import Centered, Priors, priors_from_text
+from pyro_velo.priors import Centered, Priors, ScaleMixture, priors_from_text
 
-START = {"alpha": torch.tensor([0.2, 1.0, 30.0]), "noise_unspliced": torch.tensor([0.1, 0.2, 0.3])}
+START = {
+    "alpha": torch.tensor([0.2, 1.0, 30.0]),
+    "noise_unspliced": torch.tensor([0.1, 0.2, 0.3]),
+    "switch_time": torch.tensor([1.0, 5.0, 12.0]),
+}
 
 
 @pytest.mark.parametrize("sd", [0.1, 1.0, 2.0])
@@ -68,9 +73,41 @@ def test_a_misspelt_prior_is_refused() -> None:
         Priors(betta=dist.LogNormal(0.0, 1.0))
 
 
-def test_the_switch_may_be_at_any_time() -> None:
-    switch = Priors().of("switch_time", START)
+def test_the_switch_may_be_at_any_time_or_near_its_start_where_a_clock_is_shared() -> None:
+    model = pv.VelocityModel()
+    switch = model.all_priors.of("switch_time", START)
     assert (switch.low, switch.high) == (0.0, T_MAX)
+    for times in (pv.times.Shared(), pv.times.Hierarchical()):
+        switch = replace(model, times=times).all_priors.of("switch_time", START)
+        assert_close(switch.base_dist.loc.exp(), START["switch_time"])
+    own = dist.LogNormal(0.0, 1.0)
+    assert replace(model, priors=Priors(switch_time=own)).all_priors.switch_time is own
+
+
+def test_a_shared_clocks_genes_have_no_say_in_the_unit_of_time() -> None:
+    """Stretched with time, the density of log switching times is stationary at their start; uniform ones want more."""
+    stretch = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    start = {"switch_time": START["switch_time"].double()}
+    for times, slope in ((pv.times.Shared(), 0.0), (pv.times.PerGene(), float(len(start["switch_time"])))):
+        switch = start["switch_time"] * stretch.exp()
+        prior = pv.VelocityModel(times=times).all_priors.of("switch_time", start)
+        (found,) = torch.autograd.grad((prior.log_prob(switch) + switch.log()).sum(), stretch)
+        assert float(found) == pytest.approx(slope, abs=1e-9)
+
+
+def test_a_scale_mixture_is_a_density_that_knows_no_unit() -> None:
+    prior = ScaleMixture()(torch.zeros(2, dtype=torch.float64))
+    x = torch.cat([side * torch.logspace(-6, 2, 200_001, dtype=torch.float64) for side in (-1, 1)]).sort().values
+    density = prior.log_prob(x[:, None]).exp()
+    assert density.shape == (len(x), 2)
+    assert float(torch.trapezoid(density[:, 0], x)) == pytest.approx(1, abs=1e-4)
+    # x p(x) is level over two decades, where that of a Normal of sd 5 grows forty times.
+    middle = (x > 0.03) & (x < 3)
+    level = (x * density[:, 0])[middle]
+    normal = (x * dist.Normal(0.0, 5.0).log_prob(x).exp())[middle]
+    assert level.max() / level.min() < 2.5 < 40 < normal.max() / normal.min()
+    torch.manual_seed(0)
+    assert_mean(prior.sample(torch.Size([20_000])) ** 2, (torch.tensor(ScaleMixture().sds).double() ** 2).mean())
 
 
 def test_priors_are_values() -> None:

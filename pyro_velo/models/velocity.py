@@ -120,6 +120,13 @@ class VelocityModel(Model):
                 "or the like, or take library sizes as known."
             )
 
+    @property
+    def all_priors(self) -> Priors:
+        """The priors, with that of switching times which the times have where it is left open."""
+        if self.priors.switch_time is not None:
+            return self.priors
+        return replace(self.priors, switch_time=self.times.switch_prior)
+
     def build(self, cells: Cells) -> VelocityProgram:
         """The program for these cells' genes, its start values read off the cells."""
         return VelocityProgram(self, cells)
@@ -227,16 +234,17 @@ class VelocityProgram(nn.Module):
     def sample_genes(self) -> dict[str, Tensor]:
         """Every gene-level site, inside the genes' plate."""
         recipe, start, values = self.recipe, self.start.sites(), {}
+        priors = recipe.all_priors
         for name in (*RATES, *recipe.transcription.sites, *recipe.times.sites):
-            prior, width = recipe.priors.of(name, start), recipe.times.width(name)
+            prior, width = priors.of(name, start), recipe.times.width(name)
             values[name] = pyro.sample(name, prior.expand([self.n_genes, width]).to_event(1) if width else prior)
         for molecule in MOLECULES:
             for kind in recipe.likelihood.parameters:
                 name = f"{kind}_{molecule}"
-                values[name] = pyro.sample(name, recipe.priors.of(name, start, kind=kind))
+                values[name] = pyro.sample(name, priors.of(name, start, kind=kind))
             if self.n_groups:
                 name = f"batch_effect_{molecule}"
-                prior = recipe.priors.of(name, start, kind="batch_effect")
+                prior = priors.of(name, start, kind="batch_effect")
                 values[name] = pyro.sample(name, prior.expand([self.n_groups]).to_event(1))
         return values
 
