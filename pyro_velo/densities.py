@@ -40,7 +40,9 @@ def censored_normal_log_density(x: Tensor, mean: Tensor, scale: Tensor) -> Tenso
     What is not above zero was measured as zero. x is >= 0 and without a gradient; the three broadcast.
     """
     if _followed(mean, scale):
-        return _CensoredNormalLogDensity.apply(x, mean, scale)
+        # Places that are picked by what is measured are no one pass over memory.
+        either = _FusedCensoredNormalLogDensity if torch.compiler.is_compiling() else _CensoredNormalLogDensity
+        return either.apply(x, mean, scale)
     value, d, _ = _normal(x, mean, scale)
     return torch.where(x > 0, value, _log_half_erfcx(d) - d * d / 2)
 
@@ -147,6 +149,31 @@ class _CensoredNormalLogDensity(torch.autograd.Function):
             each.view(-1)[zeros] = slope.view(-1)[zeros] * at_zero
             for_scale = each.sum_to_size(ctx.shapes[1]) * inverse
         for_mean = slope.mul_(inverse).sum_to_size(ctx.shapes[0]) if ctx.needs_input_grad[1] else None
+        return None, for_mean, for_scale
+
+
+class _FusedCensoredNormalLogDensity(torch.autograd.Function):
+    """The same, with the tail of every value, for the compiler."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        value, d, inverse = _normal(x, mean, scale)
+        zero = x <= 0
+        tail = _log_half_erfcx(torch.where(zero, d, 0.0))
+        pull = torch.where(zero, -torch.exp(-tail) / math.sqrt(2 * math.pi), d)
+        ctx.save_for_backward(zero, d, pull, inverse)
+        ctx.shapes = mean.shape, scale.shape
+        return torch.where(zero, tail - d * d / 2, value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (zero, d, pull, inverse) = grads, ctx.saved_tensors
+        slope, for_scale = grad * pull, None
+        if ctx.needs_input_grad[2]:
+            each = torch.where(zero, slope * d, slope * pull - grad)
+            for_scale = summed_to(ctx.shapes[1], each) * inverse
+        for_mean = (slope * inverse).sum_to_size(ctx.shapes[0]) if ctx.needs_input_grad[1] else None
         return None, for_mean, for_scale
 
 
