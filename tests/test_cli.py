@@ -421,7 +421,7 @@ def test_a_killed_fit_goes_on_bit_by_bit(simulated: Path, tmp_path: Path) -> Non
 
 
 def test_ctrl_c_keeps_the_best_so_far(simulated: Path, tmp_path: Path) -> None:
-    options = "-o out.h5ad --as-is --max-epochs 100000 --draws 5 --threads 1 --device cpu".split()
+    options = "-o out.h5ad --as-is --max-epochs 20000 --draws 5 --threads 1 --device cpu".split()
     (folder := tmp_path / "fit").mkdir()
     code, stderr = stopped(simulated, *options, cwd=folder, by=signal.SIGINT)
     assert code == 0, stderr

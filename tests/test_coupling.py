@@ -206,12 +206,20 @@ def test_the_prior_is_the_models(double: None, alone: Fitted) -> None:
             step[:, k] = 1e-4
             up, down = genes.prior(x + step)[0], genes.prior(x - step)[0]
             assert (up - down) / 2e-4 == pytest.approx(float(gradient[:, k].sum()), rel=1e-3, abs=1e-3)
-    # A log-normal is a Normal here, of the sd of its logarithm.
-    first = list(genes.coupled).index("alpha")
-    torch.testing.assert_close(genes.precision[:, first, first], torch.ones(5), rtol=0.3, atol=0)
-    # The logit of a uniform number is logistic.
-    switch = list(genes.coupled).index("switch_time")
-    torch.testing.assert_close(genes.precision[:, switch, switch], torch.full((5,), 3 / torch.pi**2), rtol=0.3, atol=0)
+    # A log-normal is a Normal here, of the sd of its logarithm; onsets have the variance of their mixture.
+    variances = {"alpha": 1.0, "switch_time": 1.0, "onset": sum(sd**2 for sd in pv.ScaleMixture().sds) / 5}
+    for name, variance in variances.items():
+        k = list(genes.coupled).index(name)
+        torch.testing.assert_close(genes.precision[:, k, k], torch.full((5,), 1 / variance), rtol=0.3, atol=0)
+
+
+def test_the_logit_of_a_uniform_number_is_logistic(double: None) -> None:
+    model = replace(SHARED, priors=pv.Priors(switch_time=dist.Uniform(0.0, 20.0)))
+    fitted = train(model, GUIDE, doubled(small_cells()), settings=settings(max_epochs=1), progress=False)
+    with fitted.parameters():
+        genes = Genes(fitted.program, fitted.guide.rates.marginals())
+    k = list(genes.coupled).index("switch_time")
+    torch.testing.assert_close(genes.precision[:, k, k], torch.full((5,), 3 / torch.pi**2), rtol=0.3, atol=0)
 
 
 def test_other_fits_come_back_as_they_are(alone: Fitted) -> None:

@@ -145,5 +145,5 @@ def test_start_values_lie_within_their_priors(make: type[Initialisation]) -> Non
     program = VelocityModel(initial=make()).build(some_cells(200))
     start = program.start.sites()
     for name, value in start.items():
-        prior = program.recipe.priors.of(name, start, kind="noise" if name.startswith("noise") else None)
+        prior = program.recipe.all_priors.of(name, start, kind="noise" if name.startswith("noise") else None)
         assert prior.support.check(value).all() and prior.log_prob(value).isfinite().all(), name
