@@ -98,7 +98,10 @@ class Priors:
 
     @classmethod
     def weak(cls, **others: Any) -> Priors:
-        """Wide priors that have not seen the data: LogNormal(log 0.3, 2), a 95 % range of 0.006 to 15."""
+        """Wide priors that have not seen the data: LogNormal(log 0.3, 2), a 95 % range of 0.006 to 15.
+
+        Without `switch_time`, switching times of a clock that genes share are an exception (`Times.switch_prior`).
+        """
         return cls(**(dict.fromkeys(CENTRED, dist.LogNormal(math.log(0.3), 2.0)) | others))
 
     @classmethod
@@ -109,9 +112,13 @@ class Priors:
     def of(self, name: str, start: Mapping[str, Tensor], *, kind: str | None = None) -> Distribution:
         """The prior of the gene-level site `name` at the start values; `kind` is its entry here where names differ.
 
-        Of switching times only where it is not None.
+        Raises `InputError` for switching times that are left to the times; `VelocityModel.all_priors` leaves none open.
         """
         prior = getattr(self, kind or name)
+        if prior is None:
+            raise InputError(
+                f"Expected a prior of {name}; got None, which leaves it to the times. Ask model.all_priors."
+            )
         return prior if isinstance(prior, Distribution) else prior(start[name])
 
 

@@ -80,6 +80,8 @@ def test_the_switch_may_be_at_any_time_or_near_its_start_where_a_clock_is_shared
     for times in (pv.times.Shared(), pv.times.Hierarchical()):
         switch = replace(model, times=times).all_priors.of("switch_time", START)
         assert_close(switch.base_dist.loc.exp(), START["switch_time"])
+    with pytest.raises(InputError, match=r"prior of switch_time; got None.*model\.all_priors"):
+        Priors().of("switch_time", START)
     own = dist.LogNormal(0.0, 1.0)
     assert replace(model, priors=Priors(switch_time=own)).all_priors.switch_time is own
 
