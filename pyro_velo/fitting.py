@@ -235,10 +235,10 @@ def load(folder: str | Path, model: Model | None, guide: Guide | None, adata: An
 
 
 def _in_order(model: Model, data: VelocityData, adata: AnnData) -> VelocityData:
-    """The same data; where genes share a clock and cells have neighbours, with the cells' order before a fit."""
-    if not _one_clock(model) or data.cells.order is not None or "distances" not in adata.obsp:
+    """The same data; where genes share a clock, with the cells' order before a fit."""
+    if not _one_clock(model) or data.cells.order is not None:
         return data
-    order = order_before_a_fit(data.cells, adata.obsp["distances"])
+    order = order_before_a_fit(data.cells, adata.obsp.get("distances"))
     return replace(data, cells=replace(data.cells, order=order))
 
 

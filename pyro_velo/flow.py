@@ -14,8 +14,9 @@ from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.checks import check_key, checked_basis
 from pyro_velo.errors import InputError
 from pyro_velo.initial import SteadyState
-from pyro_velo.kinetics import T_MAX
+from pyro_velo.kinetics import T_MAX, Rates
 from pyro_velo.options import BASIS
+from pyro_velo.ordering import by_phase, improved, ranks
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -48,18 +49,29 @@ def summarise_cells(adata: AnnData, *, shared_clock: bool = False) -> None:
         project(adata, basis)
 
 
-def order_before_a_fit(cells: Cells, graph: Any) -> Tensor:
+def order_before_a_fit(cells: Cells, graph: Any = None) -> Tensor:
+    """The cells' order (N,) in [0, 1] in which a clock that all genes share starts (`ordering.improved`).
+
+    From their phase portraits, or from the flow between neighbours in `graph` where genes' curves fit that better.
+    """
+    rates = SteadyState()(cells).rates
+    orders = [by_phase(cells, rates)]
+    if graph is not None:
+        orders.append(along_flow(cells, rates, graph))
+    return improved(cells, orders, rates)
+
+
+def along_flow(cells: Cells, rates: Rates, graph: Any) -> Tensor:
     r"""The cells' order (N,) in [0, 1] along the flow $u - (\gamma/\beta) s$ between neighbours in `graph`.
 
     Velocities of the steady-state model (La Manno et al. 2018), and the potential that agrees with them best. It looks
-    at all cells together, and so finds an order along branches that a cell's own phase portraits leave open.
+    at all cells together, and so finds an order along branches that a cell's own phase portraits leave open. Where the
+    end of a process looks like its beginning, it takes one for the other.
     """
     measured_u, s = cells.scaled
-    rates = SteadyState()(cells).rates
     velocity = measured_u * cells.ratio - rates.gamma / rates.beta * s
     cosines = embedding.cosine_correlations(velocity.cpu().numpy(), s.cpu().numpy(), graph, steps=1)
-    rank = np.argsort(np.argsort(embedding.potential(cosines), kind="stable"), kind="stable")
-    return torch.from_numpy(rank / max(1, len(rank) - 1)).to(s)
+    return ranks(torch.from_numpy(embedding.potential(cosines)).to(s))
 
 
 def units_of_range(adata: AnnData) -> tuple[Any, Any, Any]:

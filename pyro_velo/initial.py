@@ -9,13 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from pyro_velo.batch import Cells
-from pyro_velo.kinetics import T_MAX, Rates, trajectory
+from pyro_velo.kinetics import T_MAX, Rates
 
 
 @dataclass(frozen=True)
@@ -93,65 +92,3 @@ class Constant(Initialisation):
         alpha, full = u_switch.clamp_min(1e-3), torch.full_like
         rates = Rates(alpha, full(alpha, self.beta), full(alpha, self.gamma), full(alpha, self.switch_time))
         return Start(rates, u_switch, s_switch)
-
-
-def rough_order(u: Tensor, s: Tensor, rates: Rates) -> Tensor:
-    r"""The cells' order in [0, 1] by their phase portraits, before any fit: u and s (B, G) in one unit; returns (B,).
-
-    A cell above a gene's steady-state line is on the way up, as far as its spliced level, and below it on the way down.
-    Genes count by their distance from the line: near it they don't know.
-    """
-    full_u = rates.alpha / rates.beta
-    up, level = u / full_u, (s * rates.gamma / rates.alpha).clamp(0, 1)
-    lead = up - s * rates.gamma / rates.alpha
-    phase = torch.where(lead > 0, level, 2 - level)
-    weight = lead.abs()
-    mean = (weight * phase).sum(-1) / weight.sum(-1).clamp_min(torch.finfo(u.dtype).tiny)
-    return mean.argsort().argsort().to(u.dtype) / max(1, len(mean) - 1)
-
-
-BINS = 50
-"""How many groups of cells, one after the other in time, are averaged before a curve is laid through them."""
-ONSETS = tuple(T_MAX * share for share in (0.01, *(i / 10 for i in range(1, 9))))
-SWITCHES = tuple(T_MAX * share for share in (0.05, *(i / 10 for i in range(1, 10))))
-FASTER = (0.5, 1.0, 2.0, 4.0, 8.0)
-STEEPER = (0.5, 1.0, 2.0)
-
-
-def rates_by_order(cells: Cells, start: Rates) -> tuple[Rates, Tensor]:
-    """Each gene's best of a grid of curves and onsets, if the order of the cells before a fit is a shared time.
-
-    Without it a gene whose switch starts on the wrong side of the true one may stay there. The grid: `ONSETS`,
-    `SWITCHES` after them, beta `FASTER` and gamma `STEEPER` than the start; alpha by least squares, both molecules in
-    units of their range.
-    """
-    measured_u, s = cells.scaled
-    order = rough_order(measured_u * cells.ratio, s, start) if cells.order is None else cells.order
-    order = order.argsort()
-    u, s = (_in_bins(x[order]) for x in (measured_u, s))
-    t = T_MAX * (torch.arange(len(u), device=u.device, dtype=u.dtype)[:, None] + 0.5) / len(u)
-    best, least = start, torch.full_like(start.alpha, float("inf"))
-    best_onset = torch.full_like(start.alpha, ONSETS[0])
-    for onset, switch, faster, steeper in product(ONSETS, SWITCHES, FASTER, STEEPER):
-        if onset + switch > T_MAX:
-            continue
-        beta = faster * start.beta
-        gamma = steeper * start.gamma * faster
-        rates = Rates(torch.ones_like(beta), beta, gamma, torch.full_like(beta, switch))
-        curve_u, curve_s = trajectory(rates, (t - onset).clamp_min(0))
-        curve_u = curve_u / cells.ratio
-        squares = (curve_u**2 + curve_s**2).sum(0)
-        # Curves of some height: a gene that is never seen has none to be laid through.
-        alpha = ((curve_u * u + curve_s * s).sum(0) / squares).clamp_min(1e-3)
-        miss = ((alpha * curve_u - u) ** 2 + (alpha * curve_s - s) ** 2).sum(0)
-        better = miss < least
-        least = torch.where(better, miss, least)
-        best_onset = torch.where(better, onset, best_onset)
-        found = Rates(alpha, *rates[1:])
-        best = Rates(*(torch.where(better, new, old) for new, old in zip(found, best, strict=True)))
-    return best, best_onset
-
-
-def _in_bins(values: Tensor) -> Tensor:
-    """Means of `BINS` groups of consecutive rows, or fewer where there are fewer: (N, G) to (bins, G)."""
-    return torch.stack([part.mean(0) for part in values.tensor_split(min(BINS, len(values)))])

@@ -20,8 +20,10 @@ from pyro_velo.batch import Cells
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.errors import InputError
 from pyro_velo.fitting import describe, in_words
-from pyro_velo.flow import order_before_a_fit
+from pyro_velo.flow import along_flow, order_before_a_fit
 from pyro_velo.forensics import NonFiniteError
+from pyro_velo.initial import SteadyState
+from pyro_velo.ordering import by_phase, improved
 from pyro_velo.train import train
 
 
@@ -242,12 +244,22 @@ def test_the_order_before_a_fit_is_that_of_time_and_turns_with_it():
 def test_a_shared_clock_starts_in_that_order():
     adata = small_adata()
     model = replace(MODEL, times=pv.times.Shared())
-    without = pv.fit(model, GUIDE, adata, settings=settings(), data=data(adata), progress=False)
-    assert without.data.cells.order is None
-    adata.obsp["distances"] = csr_matrix(np.eye(adata.n_obs, k=1) + np.eye(adata.n_obs, k=-1))
     fit = pv.fit(model, GUIDE, adata, settings=settings(), data=data(adata), progress=False)
-    assert fit.data.cells.order.min() == 0 and fit.data.cells.order.max() == 1
+    assert torch.equal(fit.data.cells.order, order_before_a_fit(fit.data.cells))
     batch = fit.data.cells.batch(torch.tensor([3, 1]))
     assert torch.equal(fit.fitted.program.rough_order(batch), fit.data.cells.order[[3, 1]])
     per_gene = pv.fit(MODEL, GUIDE, adata, settings=settings(), data=data(adata), progress=False)
     assert per_gene.data.cells.order is None
+
+
+def test_neighbours_have_a_say_in_the_order_where_curves_fit_theirs_better():
+    fork = pv.simulate.Settings(lineages=pv.simulate.Lineages(2))
+    adata = pv.to_anndata(pv.simulate.simulate(300, 40, settings=fork, seed=3))
+    cells, t = data(adata).cells, adata.obs["true_t"]
+    # Each cell's neighbours are those next to it in time: nothing could know more.
+    place = np.argsort(np.argsort(t.to_numpy()))
+    graph = csr_matrix(np.abs(place[:, None] - place) <= 7, dtype=float)
+    rates = SteadyState()(cells).rates
+    flow, phase = along_flow(cells, rates, graph), by_phase(cells, rates)
+    assert spearmanr(flow, t).statistic > spearmanr(phase, t).statistic
+    assert torch.equal(order_before_a_fit(cells, graph), improved(cells, [flow], rates))

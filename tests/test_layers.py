@@ -32,7 +32,7 @@ LAYERS: dict[int, set[str]] = {
         "data.anndata_keys",
     },
     1: {
-        *("priors", "likelihoods", "states", "initial", "mixture", "times", "transcription", "library"),
+        *("priors", "likelihoods", "states", "initial", "ordering", "mixture", "times", "transcription", "library"),
         "optimizer",
         *("emission", "gaussian_mixture", "cluster_sizes", "assignments", "communities", "starts"),
     },
@@ -62,6 +62,7 @@ SIDEWAYS = {
     ("densities", "compiled"),
     ("emission", "likelihoods"),
     ("times", "priors"),
+    ("ordering", "initial"),
     ("assignments", "gaussian_mixture"),
     ("assignments", "states"),
     ("guides", "models"),

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from pyro_velo.batch import Batch, Cells
 from pyro_velo.compiled import fuses, fusible, spread
 from pyro_velo.errors import InputError
-from pyro_velo.initial import Initialisation, Start, SteadyState, rates_by_order, rough_order
+from pyro_velo.initial import Initialisation, Start, SteadyState
 from pyro_velo.kinetics import T_MAX, Rates, repression, velocity
 from pyro_velo.library import Known, Library, rough
 from pyro_velo.likelihoods import Likelihood, Normal
 from pyro_velo.mixture import JointMixture, Scored
 from pyro_velo.models.base import Model
+from pyro_velo.ordering import by_phase, curves_along, rough_order
 from pyro_velo.priors import Priors
 from pyro_velo.states import Collapsed, StateFamily
 from pyro_velo.times import OrderPenalty, PerGene, Timed, Times
@@ -158,7 +159,8 @@ class VelocityProgram(nn.Module):
         """Start values of every gene-level site."""
         recipe, start = self.recipe, self.recipe.initial(cells)
         if recipe.times.shared:
-            rates, onset = rates_by_order(cells, start.rates)
+            order = by_phase(cells, start.rates) if cells.order is None else cells.order
+            rates, onset, *_ = curves_along(cells, order, start.rates)
             start = replace(start, rates=rates)
         likelihood = {
             f"{kind}_{molecule}": torch.full_like(start.rates.alpha, recipe.likelihood.starts[kind])
