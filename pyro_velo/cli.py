@@ -74,6 +74,8 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"
 """What `torchrun` sets for each of its processes."""
 TRAINING = ("fit", "vae")
 """The commands that several processes can do together."""
+GO_ON = "; go on from the last checkpoint, if one was kept"
+"""What is left to say where several processes are stopped: they write no result."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -434,9 +436,7 @@ def say(message: str) -> None:
 
 def terminated(number: int, frame: FrameType | None) -> NoReturn:
     """What SIGTERM does to one of several processes: `torchrun` sends it where another one has ended."""
-    complain(
-        "terminated, by the system or as another process has ended; go on from the last checkpoint, if one was kept"
-    )
+    complain(f"terminated, by the system or as another process has ended{GO_ON}")
     raise SystemExit(TERMINATED)
 
 
@@ -475,5 +475,5 @@ def run(arguments: Sequence[str] | None) -> int:
         return FAILED
     # typer turns Ctrl-C into this code, without a word.
     if code == INTERRUPTED:
-        say("interrupted")
+        say(f"interrupted{GO_ON if TORCHRUN in os.environ else ''}")
     return code or 0

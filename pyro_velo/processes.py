@@ -246,9 +246,9 @@ def _heard() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        minutes = TIMEOUT.total_seconds() / 60
+        seconds = TIMEOUT.total_seconds()
         raise LostProcessError(
-            f"Expected every process to answer; one has ended, or was not heard of for {minutes:.0f} minutes. "
+            f"Expected every process to answer; one has ended, or was not heard of for {seconds:.0f} s. "
             "Look at what it said, and go on from the last checkpoint, if one was kept."
         ) from error
 

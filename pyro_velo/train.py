@@ -31,7 +31,7 @@ from pyro_velo.forensics import Culprit, NonFiniteError, blame
 from pyro_velo.history import History as History
 from pyro_velo.models.base import Model
 from pyro_velo.optimizer import step_together
-from pyro_velo.processes import Noise, team
+from pyro_velo.processes import ALONE, Noise, Team, team
 from pyro_velo.schedule import Plateau, Warmup
 
 Guide = Callable[[nn.Module], Any]
@@ -167,7 +167,7 @@ def train(
     settings = settings or (resume.settings if resume else TrainSettings())
     with apart(cells, settings.seed) as store:
         program = model.build(cells)
-        loop = _Loop(program, guide(program), cells, settings, elbo or Trace_ELBO(), resume)
+        loop = _Loop(program, guide(program), cells, settings, elbo or Trace_ELBO(), resume, team())
         interrupted = loop.run(on_evaluation, progress)
     return Fitted(program, loop.guide, store, loop.state, interrupted)
 
@@ -206,9 +206,16 @@ class _Loop:
     """One run of SVI: what an epoch is, and what is kept of it."""
 
     def __init__(
-        self, program: nn.Module, guide: Any, cells: Data, settings: TrainSettings, elbo: ELBO, resume: Training | None
+        self,
+        program: nn.Module,
+        guide: Any,
+        cells: Data,
+        settings: TrainSettings,
+        elbo: ELBO,
+        resume: Training | None,
+        team: Team = ALONE,
     ) -> None:
-        self.program, self.guide, self.cells, self.settings, self.team = program, guide, cells, settings, team()
+        self.program, self.guide, self.cells, self.settings, self.team = program, guide, cells, settings, team
         self.train_index, self.held_index = split(len(cells), settings.held_out, settings.seed)
         self.n_train = len(self.train_index)
         self.n_batches = max(1, math.ceil(self.n_train / settings.batch_size))

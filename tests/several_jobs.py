@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -234,6 +235,20 @@ def command(*arguments: str) -> None:
     sys.exit(cli.main(list(arguments)))
 
 
+def silence() -> None:
+    """The second process is there, and says nothing for longer than the first will wait."""
+    processes.TIMEOUT = timedelta(seconds=2)
+    with processes.joined() as team:
+        if not team.leads:
+            time.sleep(6)
+            return
+        start = time.monotonic()
+        try:
+            team.gathered(1)
+        except FitError as error:
+            print(json.dumps([str(error), time.monotonic() - start]))
+
+
 def on_processes(job: Callable[[], None], said: Path, size: int = 2) -> list[int]:
     """Do the job on `size` processes, with what `torchrun` tells them; returns their exit codes.
 
@@ -278,6 +293,7 @@ def main(folder: Path) -> None:
     scenes: dict[str, Callable[[], None]] = {
         "laws": lambda: laws(folder),
         "death": lambda: command(*fit),
+        "silence": silence,
         "another command": lambda: command("simulate", str(folder / "never.h5ad"), *"--cells 9 --genes 9".split()),
         "a missing file": lambda: command("fit", "nowhere.h5ad", "-o", str(folder / "never.h5ad")),
     }

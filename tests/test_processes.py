@@ -240,12 +240,19 @@ def test_a_process_that_dies_ends_the_run_with_one_line_and_leaves_the_checkpoin
     codes, seconds = json.loads((folder / "codes.json").read_text())["death"]
     assert codes == [1, -signal.SIGKILL]
     (line,) = said(folder, "death")
-    assert "Expected every process to answer; one has ended" in line and "last checkpoint" in line
+    assert "one has ended, or was not heard of for 600 s." in line and "last checkpoint" in line
     # By then it had trained and looked; ten minutes is what a process waits for one that is there and says nothing.
     assert seconds < 60
     assert not (folder / "out.h5ad").exists()
     kept, _ = checkpoint.load(folder / "kept")
     assert 1 <= kept.epoch < 20
+
+
+def test_a_process_that_says_nothing_is_not_waited_for_any_longer_than_it_is_told(folder):
+    codes, _ = json.loads((folder / "codes.json").read_text())["silence"]
+    text, seconds = json.loads((folder / "silence.txt").read_text().splitlines()[0])
+    assert codes == [0, 0] and 1.9 < seconds < 5
+    assert "one has ended, or was not heard of for 2 s." in text
 
 
 @pytest.mark.parametrize(
