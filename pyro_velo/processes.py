@@ -89,9 +89,12 @@ class Team:
             )
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of `values` (B_r, ...) over all cells of the batch; its gradient is that of the cells here."""
+        """The mean of `values` (B_r, ...) over all cells of the batch; its gradient is that of the cells here.
+
+        Where no gradients are asked for, as in a search for NaN that each process makes by itself, of the cells here.
+        """
         mean = values.mean(0)
-        if not self.several:
+        if not self.several or not torch.is_grad_enabled():
             return mean
         sums = torch.cat((values.detach().sum(0).flatten(), values.new_tensor([len(values)])))
         with _heard():
@@ -150,7 +153,7 @@ class Team:
         if self.several:
             digest = hashlib.sha256()
             for value in parameters.values():
-                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
             self.agree("parameters", digest.hexdigest())
 
     def agree(self, what: str, mine: Any) -> None:
@@ -200,13 +203,7 @@ def joined() -> Iterator[Team]:
         store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
         if torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())
-        torch_processes.init_process_group(
-            _backend(),
-            store=torch_processes.PrefixStore("training", store),
-            rank=rank,
-            world_size=size,
-            timeout=TIMEOUT,
-        )
+        torch_processes.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     token = _TEAM.set(Team(rank, size, store))
     try:
         yield _TEAM.get()

@@ -184,8 +184,12 @@ def errors() -> dict[str, str]:
     """What is said of what can't be."""
     model = pv.VelocityModel(n_latent=2, hidden=(8,), initial=OfOthers())
     other = pv.VelocityModel(n_latent=2 + processes.team().rank, hidden=(8,))
-    jobs: dict[str, Callable[[], Fitted]] = {
+    drifted = {"w": torch.ones(3) + torch.finfo(torch.float32).eps * processes.team().rank}
+    floor = settings(free_bits=0.5)
+    jobs: dict[str, Callable[[], Fitted | None]] = {
         "nan": lambda: train.train(model, GUIDE, with_nan(), settings=settings(), progress=False),
+        "nan, a floor under the KL": lambda: train.train(model, GUIDE, with_nan(), settings=floor, progress=False),
+        "drifted": lambda: processes.team().check_alike(drifted),
         "small": lambda: small_fit(settings=settings(batch_size=1)),
         "renyi": lambda: small_fit(elbo=RenyiELBO()),
         "other": lambda: train.train(other, GUIDE, small_cells(), settings=settings(), progress=False),

@@ -201,6 +201,8 @@ def goes_on_well(kept, after):
     ("name", "said"),
     [
         ("nan", r"step \d+, the data \(site 'molecules'\), gene number 3\. Look at"),
+        ("nan, a floor under the KL", r"step \d+, the data \(site 'molecules'\), gene number 3\. Look at"),
+        ("drifted", "Expected parameters to be the same in all 2 processes; .* in number 1. Give all"),
         ("small", "a cell or more of every batch for each of 2 processes; got batches of 1. Use larger"),
         ("renyi", "Expected one of Trace_ELBO, .* got RenyiELBO. Use one of them, or one process"),
         ("other", "Expected what is trained to be the same in all 2 processes; .* in number 1. Give all"),
