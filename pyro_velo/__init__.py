@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyro_velo import metrics as metrics
     from pyro_velo import plots as pl  # noqa: F401 (ruff knows only `x as x` as an export)
     from pyro_velo import preprocess as pp  # noqa: F401
+    from pyro_velo import processes as processes
     from pyro_velo import rates as rates
     from pyro_velo import simulate as simulate
     from pyro_velo import states as states
@@ -93,6 +94,7 @@ _MODULES = {"pl": "plots", "pp": "preprocess"} | {
         "likelihoods",
         "macrostates",
         "metrics",
+        "processes",
         "rates",
         "simulate",
         "states",

@@ -37,6 +37,7 @@ from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.options import BASIS, COLOR, GRID, PARTS, Depth, FitOptions
 from pyro_velo.posterior import check_draws
 from pyro_velo.priors import priors_from_text
+from pyro_velo.processes import dismiss, team
 from pyro_velo.rates import RATE_GUIDES
 from pyro_velo.reporting import report
 from pyro_velo.states import STATE_FAMILIES
@@ -97,12 +98,13 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
         covariates=options.covariates,
         device=device,
     )
-    if options.save is not None:
+    if options.save is not None and team().leads:
         note_parts(options.save, options)
     fitted = fit(
         model, guide, adata, seed=options.seed, settings=training, data=data,
         save=options.save, resume=options.resume,
     )  # fmt: skip
+    dismiss()
     fitted.write(adata, draws=options.draws, overwrite=options.overwrite)
     return fitted
 

@@ -32,6 +32,7 @@ from pyro_velo.models.cgmdvae import CGMDVAE
 from pyro_velo.models.gmvae import GMVAE
 from pyro_velo.models.vae import VAE
 from pyro_velo.options import VAEOptions
+from pyro_velo.processes import dismiss, team
 from pyro_velo.stages import Stages, check_stages
 from pyro_velo.starts import StartSettings
 from pyro_velo.train import Fitted, TrainSettings, restore
@@ -220,7 +221,8 @@ def vae(
     number of clusters among them is fitted, and the held-out bound chooses; with `prune` the model is fitted with the
     clusters that it has, and those are merged that the held-out bound does not miss (see `merging`). `save` is a folder
     to keep the fit in, and its trainings as it runs, in place of what was kept there; `resume` one to go on from, to
-    the bit, with the same data, parts, settings and seed.
+    the bit, with the same data, parts, settings and seed. Where several processes train together (`processes.joined`)
+    the first alone saves.
 
     Raises `InputError` for bad data, clusters that can't be, and a folder with the stages of another fit;
     `NonFiniteError`, naming the gene, for NaN in the fit.
@@ -232,6 +234,7 @@ def vae(
     guide = guide or default_guide(model)
     data = data or profile_data(adata, counts=model.likelihood.counts)
     wanted, start = replace(settings or TRAINING, seed=seed), start or StartSettings()
+    save = save if team().leads else None
     stages = _stages(save, resume, _describe(data, model, guide) | {"start": asdict(start)})
     given: dict[str, Any] = {"settings": wanted, "start": start, "stages": stages, "progress": progress}
     number = None
@@ -363,6 +366,7 @@ def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
         model, None, adata, seed=options.seed, settings=training, start=StartSettings(neighbours=options.neighbours),
         candidates=candidates, prune=options.prune, data=data, save=options.save, resume=options.resume,
     )  # fmt: skip
+    dismiss()
     fit.write(adata, denoised=options.denoised, overwrite=options.overwrite)
     write_whole(adata, output, options.overwrite)
     if options.report is not None:

@@ -6,10 +6,14 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -64,7 +68,14 @@ from pyro_velo.parsing import parse_edges, parse_grid
 from pyro_velo.profile_commands import download, sweep, vae
 from pyro_velo.version import __version__
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""What `torchrun` sets for each of its processes."""
+TRAINING = ("fit", "vae")
+"""The commands that several processes can do together."""
+GO_ON = "; go on from the last checkpoint, if one was kept"
+"""What is left to say where several processes are stopped: they write no result."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -80,11 +91,20 @@ def version(show: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Bayesian RNA velocity: from spliced and unspliced counts to velocities with their uncertainty."""
+    if TORCHRUN in os.environ and context.invoked_subcommand not in TRAINING:
+        from pyro_velo.processes import team
+
+        if team().several:
+            raise InputError(
+                f"Expected one of {', '.join(TRAINING)} with several processes; got {context.invoked_subcommand}. "
+                "Run it without torchrun."
+            )
 
 
 @app.command()
@@ -398,14 +418,49 @@ for command in (vae, sweep, download):
 
 def complain(message: str) -> None:
     """One line on stderr, whatever the message holds."""
-    print("pyro-velo: error:", " ".join(message.split()), file=sys.stderr)
+    say(f"error: {' '.join(message.split())}")
+
+
+def say(message: str) -> None:
+    """A line on stderr about how the run ends; of several processes the first that has one says it."""
+    if TORCHRUN in os.environ:
+        from pyro_velo.processes import team
+
+        if team().store is not None:
+            # It ends by itself, and what it has to say must not be cut off.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not team().tells_first():
+            return
+    print("pyro-velo:", message, file=sys.stderr)
+
+
+def terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """What SIGTERM does to one of several processes: `torchrun` sends it where another one has ended."""
+    complain(f"terminated, by the system or as another process has ended{GO_ON}")
+    raise SystemExit(TERMINATED)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 1 for a fit that failed, 2 for bad input, 130 for Ctrl-C.
 
-    Ctrl-C during the training is none of these: it ends the training, and the result is written.
+    Ctrl-C during the training is none of these: it ends the training, and the result is written. Under `torchrun` it
+    ends the run, and nothing is written but the checkpoints; all processes but the first end when they are trained.
     """
+    if TORCHRUN not in os.environ:
+        return run(arguments)
+    from pyro_velo.processes import joined
+
+    with joined() as team:
+        if team.several:
+            signal.signal(signal.SIGTERM, terminated)
+        if not team.leads:
+            # What the first one warns of.
+            warnings.simplefilter("ignore")
+        return run(arguments)
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """The command, in this process; returns the exit code."""
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="pyro-velo", standalone_mode=False)
@@ -420,5 +475,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     # typer turns Ctrl-C into this code, without a word.
     if code == INTERRUPTED:
-        print("pyro-velo: interrupted", file=sys.stderr)
+        say(f"interrupted{GO_ON if TORCHRUN in os.environ else ''}")
     return code or 0

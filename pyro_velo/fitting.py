@@ -28,6 +28,7 @@ from pyro_velo.guides import Amortized
 from pyro_velo.models.base import Model
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.posterior import Draws, OverStates, Posterior, stream, summarise
+from pyro_velo.processes import team
 from pyro_velo.refinement import refine
 from pyro_velo.train import Fitted, Guide, OnEvaluation, Training, TrainSettings, restore, train
 from pyro_velo.version import __version__
@@ -173,7 +174,7 @@ def fit(
     settings and the seed it was made with; only its length may change), `on_evaluation` is called with the run's state
     after every such look (as a `GradientRecord` wants it), `progress` shows a bar (None: where stderr is a terminal). A
     fit with a clock that genes share and the rate guide `PerGene` ends with the two coupled (`coupling.couple`), unless
-    it was interrupted.
+    it was interrupted. Where several processes train together (`processes.joined`) the first alone saves and couples.
 
     Raises `InputError` for bad layers or a checkpoint of another run; `NonFiniteError`, naming the gene, for NaN in the
     fit.
@@ -187,7 +188,8 @@ def fit(
     training = _resumed(resume, data, recipe) if resume else None
     if training is not None:
         wanted = _same_settings(training, wanted if settings else replace(training.settings, seed=seed))
-    about = describe(recipe, data)
+    about, leads = describe(recipe, data), team().leads
+    save = save if leads else None
     if save:
         sample.forget(save)
 
@@ -213,7 +215,7 @@ def fit(
         if save:
             checkpoint.note_failure(named, save)
         raise named from None
-    if not fitted.interrupted:
+    if leads and not fitted.interrupted:
         fitted = couple(fitted, data.cells, seed=seed, progress=progress)
     if save:
         sample.save(fitted, data.cells, save, about=about)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,20 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 SMALLEST = 1e-6
 """Pyro refuses a scale of zero."""
+
+MeanOverCells = Callable[[Tensor], Tensor]
+"""What (B, ...) is on average over the cells of a batch, (...)."""
+
+
+def mean_here(values: Tensor) -> Tensor:
+    """The mean over the cells that are at hand."""
+    return values.mean(0)
 
 
 class KLWeight(Messenger):
@@ -59,15 +68,21 @@ class FreeBits(Messenger):
     takes the place of the KL of the latent sites that are in the plate `cells` alone, B the cells of the batch. The KL
     of a Normal from a Normal is the closed form and not the sampled one, whose noise would pass the maximum on one side
     only; any other q counts as one group of its d dimensions, by its draw, with d lambda. A dimension below lambda has
-    no gradient of its KL. To be entered around a run of the guide and then of the model.
+    no gradient of its KL. To be entered around a run of the guide and then of the model. `mean` is over all cells of a
+    batch of which there is but a part here (`processes.Team.mean`).
     """
 
-    def __init__(self, nats: float) -> None:
+    def __init__(self, nats: float, mean: MeanOverCells = mean_here) -> None:
         super().__init__()
-        self.nats, self.drawn_from = nats, dict[str, Any]()
+        self.nats, self.mean, self.drawn_from = nats, mean, dict[str, Any]()
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"] or [frame.name for frame in msg["cond_indep_stack"]] != ["cells"]:
+        # A plate that is opened among cells is a site of its own.
+        if (
+            msg["is_observed"]
+            or site_is_subsample(msg)
+            or [frame.name for frame in msg["cond_indep_stack"]] != ["cells"]
+        ):
             return
         if msg["name"] not in self.drawn_from:
             self.drawn_from[msg["name"]] = msg["fn"]
@@ -77,9 +92,9 @@ class FreeBits(Messenger):
         kl = normal_kl(q, p)
         if kl is None:
             size = p.event_shape.numel()
-            cost = (q.log_prob(z) - p.log_prob(z)).mean().clamp_min(size * self.nats)
+            cost = self.mean((q.log_prob(z) - p.log_prob(z)).flatten()).clamp_min(size * self.nats)
         else:
-            cost = kl.flatten(0, -2).mean(0).clamp_min(self.nats).sum()
+            cost = self.mean(kl.flatten(0, -2)).clamp_min(self.nats).sum()
         msg["fn"] = dist.Delta(z, log_density=-cost.expand(p.batch_shape), event_dim=p.event_dim)
 
 
@@ -127,9 +142,9 @@ class Warmup:
         return min(1.0, (step + 1) / self.steps) if self.steps else 1.0
 
     @contextmanager
-    def at(self, step: int) -> Iterator[None]:
-        """Within it, programs are scored at the step's weight."""
-        floor = FreeBits(self.free_bits) if self.free_bits else nullcontext()
+    def at(self, step: int, mean: MeanOverCells = mean_here) -> Iterator[None]:
+        """Within it, programs are scored at the step's weight; `mean` is that of `FreeBits`."""
+        floor = FreeBits(self.free_bits, mean) if self.free_bits else nullcontext()
         with KLWeight(self.weight(step), 1 - self._risen(step)), floor:
             yield
 

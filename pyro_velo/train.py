@@ -2,6 +2,7 @@
 
 The loop is `pyro.infer.SVI` with `ClippedAdam` in a param store of its own. Each epoch draws its permutation and its
 noise from (seed, epoch), so that a run that goes on from a checkpoint is, to the bit, the run that was never stopped.
+On several `processes`, each takes its share of every batch, and all take the same step.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from pyro_velo.batch import Data, Minibatch
 from pyro_velo.compiled import fusing
 from pyro_velo.doctor.terms import draws_together, terms_of
 from pyro_velo.errors import InputError
-from pyro_velo.forensics import NonFiniteError, blame
+from pyro_velo.forensics import Culprit, NonFiniteError, blame
 from pyro_velo.history import History as History
 from pyro_velo.models.base import Model
 from pyro_velo.optimizer import step_together
+from pyro_velo.processes import ALONE, Noise, Team, team
 from pyro_velo.schedule import Plateau, Warmup
 
 Guide = Callable[[nn.Module], Any]
@@ -156,12 +158,16 @@ def train(
     look at the held-out cells (to save it); `progress` shows a bar (None: where stderr is a terminal). Ctrl-C ends the
     fit, with the best parameters so far and the state of the last such look.
 
-    Raises `NonFiniteError`, naming step, site and gene, where the loss or a gradient is not finite.
+    Where several processes train together (`processes.joined`) every one of them returns the same, the first alone
+    calls `on_evaluation` and shows a bar, and Ctrl-C is raised.
+
+    Raises `NonFiniteError`, naming step, site and gene, where the loss or a gradient is not finite; with several
+    processes `LostProcessError` where one of them ends, and `InputError` for what they can't share.
     """
     settings = settings or (resume.settings if resume else TrainSettings())
     with apart(cells, settings.seed) as store:
         program = model.build(cells)
-        loop = _Loop(program, guide(program), cells, settings, elbo or Trace_ELBO(), resume)
+        loop = _Loop(program, guide(program), cells, settings, elbo or Trace_ELBO(), resume, team())
         interrupted = loop.run(on_evaluation, progress)
     return Fitted(program, loop.guide, store, loop.state, interrupted)
 
@@ -200,9 +206,16 @@ class _Loop:
     """One run of SVI: what an epoch is, and what is kept of it."""
 
     def __init__(
-        self, program: nn.Module, guide: Any, cells: Data, settings: TrainSettings, elbo: ELBO, resume: Training | None
+        self,
+        program: nn.Module,
+        guide: Any,
+        cells: Data,
+        settings: TrainSettings,
+        elbo: ELBO,
+        resume: Training | None,
+        team: Team = ALONE,
     ) -> None:
-        self.program, self.guide, self.cells, self.settings = program, guide, cells, settings
+        self.program, self.guide, self.cells, self.settings, self.team = program, guide, cells, settings, team
         self.train_index, self.held_index = split(len(cells), settings.held_out, settings.seed)
         self.n_train = len(self.train_index)
         self.n_batches = max(1, math.ceil(self.n_train / settings.batch_size))
@@ -213,6 +226,7 @@ class _Loop:
         self.svi = SVI(per_cell(program, self.n_train), per_cell(guide, self.n_train), self.optimizer, elbo)
         self.closed = type(elbo) is TraceMeanField_ELBO
         self.has_terms = type(elbo) in (Trace_ELBO, TraceMeanField_ELBO) and elbo.num_particles == 1
+        self.team.check_suits(elbo, self.n_train // self.n_batches)
         # A copy: the run that is gone on with may be gone on with again.
         self.state = deepcopy(resume) if resume else Training(settings, plateau=Plateau(patience=settings.patience))
         self.state.settings = settings
@@ -221,25 +235,31 @@ class _Loop:
     def run(self, on_evaluation: OnEvaluation | None, progress: bool | None) -> bool:
         """Every epoch that is left; whether Ctrl-C ended it. The best parameters are in place afterwards."""
         state, kept, interrupted = self.state, deepcopy(self.state), False
-        bar = tqdm(total=self.epochs, initial=state.epoch, desc="fit", unit="epoch", disable=_hidden(progress))
+        hidden = _hidden(progress) if self.team.leads else True
+        bar = tqdm(total=self.epochs, initial=state.epoch, desc="fit", unit="epoch", disable=hidden)
         try:
             while state.epoch < self.epochs and not state.plateau.finished:
                 # All steps of the run, and not those that are left: going on has the bits of never having stopped.
-                with fusing(self.epochs * self.n_train * self.cells.n_genes, self.cells.device):
+                with fusing(self.epochs * self.n_train * self.cells.n_genes // self.team.size, self.cells.device):
                     evaluated = self._epoch()
                 bar.update()
                 bar.set_postfix_str(_elbos(state.history), refresh=False)
                 if evaluated:
                     kept = self._snapshot()
-                    if on_evaluation is not None:
+                    self.team.check_alike(kept.parameters)
+                    if on_evaluation is not None and self.team.leads:
                         on_evaluation(kept)
         except KeyboardInterrupt:
+            # It comes to each process at another step, so that they could not go on together.
+            if self.team.several:
+                raise
             interrupted = True
         finally:
             bar.close()
         # The last epoch is evaluated; only Ctrl-C leaves steps behind, and those are forgotten, or it could not go on.
         self.state = kept
         load_parameters(kept.best)
+        self.team.check_alike(kept.best)
         return interrupted
 
     def _create_parameters(self) -> None:
@@ -250,21 +270,25 @@ class _Loop:
         if self.closed and self.has_terms:
             with torch.no_grad():
                 self.has_terms = not draws_together(self.svi.guide, self.svi.model, batch)
+        self.team.agree("the epoch to go on from", self.state.epoch)
         if self.state.parameters:
             load_parameters(self.state.parameters)
             self.optimizer.set_state(deepcopy(self.state.optimizer))
         else:
+            store = pyro.get_param_store()
+            self.team.start_alike({name: store[name].unconstrained() for name in store})
             self.state.best = self.state.parameters = parameters()
 
     def _epoch(self) -> bool:
         """Pass once over the training cells, then look at the held-out ones if it is time; whether it was."""
         state, epoch = self.state, self.state.epoch
-        torch.manual_seed(_seed(self.settings.seed, epoch))
+        noise = Noise(self.team, _seed(self.settings.seed, epoch), self.cells.device)
         order = self._on_device(self.train_index[torch.randperm(self.n_train)])
         step, total = epoch * self.n_batches, 0.0
         for i, index in enumerate(order.tensor_split(self.n_batches)):
-            with self.warmup.at(step + i):
-                total += self._step(self.cells.batch(index, self.n_train), step + i)
+            share = self.team.share(index)
+            with self.warmup.at(step + i, self.team.mean):
+                total += self._step(self.cells.batch(share, self.n_train), step + i, noise, len(share) / len(index))
         state.epoch += 1
         last = state.epoch == self.epochs
         evaluated = last or state.epoch % self.evaluate_every == 0
@@ -272,28 +296,39 @@ class _Loop:
         self._note(-total / self.n_batches, *looked, self.warmup.weight(step))
         return evaluated
 
-    def _step(self, batch: Minibatch, step: int) -> float:
-        """One gradient step, as in `SVI.step`, with a look at the gradients before they are used."""
-        before = torch.get_rng_state()
-        with poutine.trace(param_only=True) as capture:
-            loss = self.svi.loss_and_grads(self.svi.model, self.svi.guide, batch)
+    def _step(self, batch: Minibatch, step: int, noise: Noise, weight: float) -> float:
+        """One gradient step, as in `SVI.step`, with a look at the gradients before they are used.
+
+        `weight` is the batch's share of what all processes have in this step.
+        """
+        before = noise.position()
+        with poutine.trace(param_only=True) as capture, noise:
+            own = self.svi.loss_and_grads(self.svi.model, self.svi.guide, batch)
         values = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+        loss = self.team.reduce(values.values(), own, weight)
         norm = nn.utils.get_total_norm([v.grad for v in values.values() if v.grad is not None])
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
-            torch.set_rng_state(before)
-            raise NonFiniteError(blame(self.svi.model, self.svi.guide, batch, values), step=step)
+            noise.back_to(before)
+            with noise:
+                mine = blame(self.svi.model, self.svi.guide, batch, values)
+            raise NonFiniteError(self._first(None if math.isfinite(own) else mine) or mine, step=step)
         step_together(self.optimizer, values.values())
         for value in values.values():
             # Not zeros, to which the next gradients would be added.
             value.grad = None
         return float(loss)
 
+    def _first(self, mine: Culprit | None) -> Culprit | None:
+        """What the first process says that has something to say."""
+        return next((culprit for culprit in self.team.gathered(mine) if culprit is not None), None)
+
     def _look(self, step: int) -> tuple[float, float]:
         """The ELBO per held-out cell at weight 1, and the objective that the schedule ends with."""
-        terms: dict[str, float] = {}
+        own: dict[str, float] = {}
         with self.warmup.done():
-            elbo = self._held_out(step, lambda batch, share: self._loss(batch, terms, share))
+            elbo = self._held_out(step, lambda batch, share: self._loss(batch, own, share))
         if self.has_terms:
+            terms = self._summed(own)
             self.state.history.note_terms("held_out", terms)
             self.state.history.note_terms("train", self._train_terms() if len(self.held_index) else terms)
         if self.warmup.ends_with_elbo:
@@ -303,14 +338,25 @@ class _Loop:
 
     def _held_out(self, step: int, loss_of: Callable[[Minibatch, float], float]) -> float:
         """The mean over held-out cells of what is climbed, with the same noise every time: looks can be compared."""
-        index, total = self.held_index if len(self.held_index) else self.train_index, 0.0
-        with _own_noise(self.cells, self.settings.seed), torch.no_grad():
-            for batch in self.cells.batches(self._on_device(index), self.settings.batch_size, self.n_train):
+        index, total, culprit = self.held_index if len(self.held_index) else self.train_index, 0.0, None
+        parts = self._on_device(index).split(self.settings.batch_size)
+        for i in self.team.turns(len(parts)):
+            with self._looking(i):
+                batch = self.cells.batch(parts[i], self.n_train)
                 loss = loss_of(batch, len(batch.index) / len(index))
-                if not math.isfinite(loss):
-                    raise NonFiniteError(blame(self.svi.model, self.svi.guide, batch, {}), step=step)
+                if not math.isfinite(loss) and culprit is None:
+                    culprit = blame(self.svi.model, self.svi.guide, batch, {})
                 total += len(batch.index) * loss
-        return -total / len(index)
+        culprit = self._first(culprit)
+        if culprit is not None:
+            raise NonFiniteError(culprit, step=step)
+        return -sum(self.team.gathered(total)) / len(index)
+
+    @contextmanager
+    def _looking(self, i: int) -> Iterator[None]:
+        """Without gradients, and with the noise of the i-th batch of a look, whichever process looks at it."""
+        with _own_noise(self.cells, self.settings.seed + i), torch.no_grad():
+            yield
 
     def _loss(self, batch: Minibatch, terms: dict[str, float], share: float) -> float:
         """The loss per cell of a batch, whose terms are added to the others with its share."""
@@ -332,10 +378,16 @@ class _Loop:
         """The terms of as many training cells as are held out, with the same noise every time."""
         index, terms = self.train_index[: len(self.held_index)], dict[str, float]()
         n_batches = max(1, round(len(index) / self.settings.batch_size))
-        with _own_noise(self.cells, self.settings.seed), self.warmup.done(), torch.no_grad():
-            for part in self._on_device(index).tensor_split(n_batches):
-                self._loss(self.cells.batch(part, self.n_train), terms, len(part) / len(index))
-        return terms
+        parts = self._on_device(index).tensor_split(n_batches)
+        for i in self.team.turns(n_batches):
+            with self._looking(i), self.warmup.done():
+                self._loss(self.cells.batch(parts[i], self.n_train), terms, len(parts[i]) / len(index))
+        return self._summed(terms)
+
+    def _summed(self, terms: dict[str, float]) -> dict[str, float]:
+        """The terms of all processes' batches; the first one has looked at some."""
+        found = self.team.gathered(terms)
+        return {name: sum(each.get(name, 0.0) for each in found) for name in found[0]}
 
     def _note(self, train_elbo: float, held_out: float, objective: float, kl_weight: float) -> None:
         """Write the epoch down, keep the parameters if they are the best, lower the learning rate when it is time."""

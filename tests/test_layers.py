@@ -33,7 +33,7 @@ LAYERS: dict[int, set[str]] = {
     },
     1: {
         *("priors", "likelihoods", "states", "initial", "ordering", "mixture", "times", "transcription", "library"),
-        "optimizer",
+        *("optimizer", "processes"),
         *("emission", "gaussian_mixture", "cluster_sizes", "assignments", "communities", "starts"),
     },
     2: {"models", "rates", "guides", "encoders"},

@@ -133,8 +133,8 @@ def held_out_elbo(fit, cells, plan):
     train_index, held = split(len(cells), plan.held_out, plan.seed)
     total = 0.0
     with fit.parameters(), torch.random.fork_rng(), torch.no_grad(), WithoutPenalties():
-        torch.manual_seed(plan.seed)
-        for batch in cells.batches(held, plan.batch_size, len(train_index)):
+        for i, batch in enumerate(cells.batches(held, plan.batch_size, len(train_index))):
+            torch.manual_seed(plan.seed + i)
             total -= Trace_ELBO().loss(fit.program, fit.guide, batch) / len(train_index) * len(batch.index)
     return total / len(held)
 
@@ -164,8 +164,8 @@ def objective_of(fit, parameters, cells, plan):
     reconstruction = total = 0.0
     with fit.parameters(), torch.random.fork_rng(), torch.no_grad(), WithoutPenalties():
         load_parameters(parameters)
-        torch.manual_seed(plan.seed)
-        for batch in cells.batches(held, plan.batch_size, len(train_index)):
+        for i, batch in enumerate(cells.batches(held, plan.batch_size, len(train_index))):
+            torch.manual_seed(plan.seed + i)
             terms = draw_terms(fit, batch)
             share = len(batch.index) / len(held)
             own = terms.of("kl_z").value
