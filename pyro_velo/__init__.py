@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from pyro_velo.data.bridge import velocity_data as velocity_data
     from pyro_velo.data.digits import digits as digits
     from pyro_velo.data.downloads import mouse_brain as mouse_brain
+    from pyro_velo.data.on_disk import velocity_data_on_disk as velocity_data_on_disk
     from pyro_velo.data.profile_data import profile_data as profile_data
     from pyro_velo.diagnosing import diagnose as diagnose
     from pyro_velo.diagnosis import Diagnosis as Diagnosis
@@ -116,6 +117,7 @@ _NAMES = {
     "read": "data",
     "to_anndata": "data",
     "velocity_data": "data.bridge",
+    "velocity_data_on_disk": "data.on_disk",
     "diagnose": "diagnosing",
     "Diagnosis": "diagnosis",
     "digits": "data.digits",

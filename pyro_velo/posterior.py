@@ -21,8 +21,9 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Batch
 from pyro_velo.compiled import compiled
+from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
 from pyro_velo.guides import WARP, AmortizedProgram
 from pyro_velo.models.velocity import RATES, VelocityProgram
@@ -90,13 +91,13 @@ SPREAD = ("velocity", "t")
 @torch.no_grad()
 def summarise(
     fitted: Fitted,
-    cells: Cells,
+    cells: AnyCells,
     *,
     draws: int = 100,
     over_states: OverStates = "expected",
     seed: int = 0,
     progress: bool | None = None,
-    as_if: Cells | None = None,
+    as_if: AnyCells | None = None,
 ) -> Posterior:
     """Draw `draws` times from the guide for all `cells` and summarise.
 
@@ -123,14 +124,14 @@ def summarise(
 @torch.no_grad()
 def stream(
     fitted: Fitted,
-    cells: Cells,
+    cells: AnyCells,
     receive: Callable[[NDArray[np.int64], Draws], None],
     *,
     draws: int = 100,
     over_states: OverStates = "expected",
     seed: int = 0,
     progress: bool | None = None,
-    as_if: Cells | None = None,
+    as_if: AnyCells | None = None,
 ) -> list[dict[str, Tensor]]:
     """Call `receive` with the numbers of a batch of cells and their draws, batch by batch; return the draws' rates.
 
@@ -138,11 +139,11 @@ def stream(
     seed gives the same draws. Raises `InputError` for fewer than two.
     """
     check_draws(draws)
-    device = cells.molecules.device
+    device = cells.device
     with (
         fitted.parameters(),
         pyro.validation_enabled(False),
-        torch.random.fork_rng([device] if cells.molecules.is_cuda else []),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
         rates = draw_rates(fitted, cells, draws)
@@ -164,12 +165,12 @@ def check_draws(draws: int) -> None:
         raise InputError(f"Expected 2 draws or more, because one has no spread; got {draws}. The default is 100.")
 
 
-def draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tensor]]:
+def draw_rates(fitted: Fitted, cells: AnyCells, draws: int) -> list[dict[str, Tensor]]:
     """Every draw's gene-level values, by site, which all cells share.
 
     Call it under the fit's parameters, as `stream` does.
     """
-    batch = cells.batch(torch.arange(1, device=cells.molecules.device))
+    batch = cells.batch(torch.arange(1, device=cells.device))
     taken = []
     for _ in range(draws):
         trace = poutine.trace(fitted.guide).get_trace(batch)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from pyro_velo.batch import Resident
 
 UNKNOWN = -1
 """The label of a cell whose label nobody has given."""
@@ -59,7 +60,7 @@ class ProfileBatch:
 
 
 @dataclass(frozen=True)
-class Profiles:
+class Profiles(Resident[ProfileBatch]):
     """N cells x G genes that are resident on one device: `x` (N, G), in the units that the likelihood wants.
 
     A batch is an index slice of it. `size_factors` (N, 1) are there where `x` are counts (1 where depth is part of what
@@ -126,8 +127,3 @@ class Profiles:
         """The cells at `index` (B,); `n_cells` is what the batch stands for (all cells, if not said)."""
         rest = (None if given is None else given[index] for given in (self.size_factors, self.covariates, self.labels))
         return ProfileBatch(self.x[index], index, len(self) if n_cells is None else n_cells, *rest)
-
-    def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[ProfileBatch]:
-        """The cells at `index`, in that order, `size` at a time; the last batch may be smaller."""
-        for part in index.split(size):
-            yield self.batch(part, n_cells)

@@ -160,7 +160,7 @@ def train(
     """
     settings = settings or (resume.settings if resume else TrainSettings())
     with apart(cells, settings.seed) as store:
-        program = model.build(cells)
+        program = model.build(cells.sample)
         loop = _Loop(program, guide(program), cells, settings, elbo or Trace_ELBO(), resume)
         interrupted = loop.run(on_evaluation, progress)
     return Fitted(program, loop.guide, store, loop.state, interrupted)
@@ -172,7 +172,7 @@ def restore(model: Model, guide: Guide, cells: Data, training: Training) -> Fitt
     Raises `InputError` for the state of another model, guide or number of genes.
     """
     with apart(cells, training.settings.seed) as store:
-        program = model.build(cells)
+        program = model.build(cells.sample)
         loop = _Loop(program, guide(program), cells, training.settings, Trace_ELBO(), training)
         load_parameters(training.best)
     return Fitted(program, loop.guide, store, loop.state)
@@ -260,11 +260,11 @@ class _Loop:
         """Pass once over the training cells, then look at the held-out ones if it is time; whether it was."""
         state, epoch = self.state, self.state.epoch
         torch.manual_seed(_seed(self.settings.seed, epoch))
-        order = self._on_device(self.train_index[torch.randperm(self.n_train)])
+        order = self._on_device(self.cells.shuffled(self.train_index))
         step, total = epoch * self.n_batches, 0.0
-        for i, index in enumerate(order.tensor_split(self.n_batches)):
+        for i, batch in enumerate(self.cells.read(order.tensor_split(self.n_batches), self.n_train)):
             with self.warmup.at(step + i):
-                total += self._step(self.cells.batch(index, self.n_train), step + i)
+                total += self._step(batch, step + i)
         state.epoch += 1
         last = state.epoch == self.epochs
         evaluated = last or state.epoch % self.evaluate_every == 0
@@ -333,8 +333,8 @@ class _Loop:
         index, terms = self.train_index[: len(self.held_index)], dict[str, float]()
         n_batches = max(1, round(len(index) / self.settings.batch_size))
         with _own_noise(self.cells, self.settings.seed), self.warmup.done(), torch.no_grad():
-            for part in self._on_device(index).tensor_split(n_batches):
-                self._loss(self.cells.batch(part, self.n_train), terms, len(part) / len(index))
+            for batch in self.cells.read(self._on_device(index).tensor_split(n_batches), self.n_train):
+                self._loss(batch, terms, len(batch.index) / len(index))
         return terms
 
     def _note(self, train_elbo: float, held_out: float, objective: float, kl_weight: float) -> None:

@@ -34,6 +34,7 @@ LAYERS: dict[int, set[str]] = {
     1: {
         *("priors", "likelihoods", "states", "initial", "mixture", "times", "transcription", "library"),
         "optimizer",
+        "disk",
         *("emission", "gaussian_mixture", "cluster_sizes", "assignments", "communities", "starts"),
     },
     2: {"models", "rates", "guides", "encoders"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from pyro_velo.batch import Cells, Counts
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.checks import NO_LIMIT, check_adata, check_key, check_two, check_whole, checked_layers
 from pyro_velo.data.covariates import Design, design
-from pyro_velo.data.matrices import checked_matrix
+from pyro_velo.data.matrices import checked_matrix, sums
+from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,19 +48,42 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class Source:
+    """The file that cells on disk were read from, and its `state` then (`stored.state_of`).
+
+    `ranges` names the layers, spliced and unspliced, in whose units the kinetics are: with counts the smoothed ones.
+    """
+
+    path: Path
+    state: tuple[int, int]
+    ranges: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class VelocityData:
     """What is fitted: the scaled cells, which genes of the AnnData they are (`genes`, a mask), and their scaling.
 
-    `layers` names those that it was read from, spliced and unspliced.
+    `layers` names those that it was read from, spliced and unspliced; `source` is the file of cells that are on disk.
     """
 
-    cells: Cells
+    cells: AnyCells
     cell_names: pd.Index
     genes: NDArray[np.bool_]
     gene_names: list[str]
     scaling: Scaling
     layers: tuple[str, str]
     design: Design | None = None
+    source: Source | None = None
+
+    @property
+    def resident(self) -> Cells:
+        """The cells, all of them in memory. Raises `InputError` where they are on disk."""
+        if isinstance(self.cells, Cells):
+            return self.cells
+        raise InputError(
+            f"Expected the {len(self.cells):,} cells in memory, because this looks at all of them at once; they are on "
+            "disk. Read the file (pyro_velo.read) and fit that, or take fewer cells."
+        )
 
 
 def velocity_data(
@@ -114,7 +139,7 @@ def velocity_data(
             for zero, top in ((u_zero, u_top), (s_zero, s_top))
         )
     scaling = Scaling(u_zero[genes], (u_top - u_zero)[genes], s_zero[genes], (s_top - s_zero)[genes])
-    scaled = _stacked(range_u, range_s, genes, scaling).to(device)
+    scaled = stacked(range_u, range_s, genes, scaling).to(device)
     ratio = torch.from_numpy(scaling.u_unit / scaling.s_unit).to(device)
     told = design(adata, batch_key, covariates)
     cells = Cells(scaled, ratio)
@@ -126,13 +151,12 @@ def velocity_data(
         size_factors = torch.from_numpy(np.stack(sizes).astype(np.float32))[..., None].to(device)
         # Nowhere is a count impossible: what floats about reaches every cell.
         cells = Cells(
-            _stacked(u, s, genes).to(device),
+            stacked(u, s, genes).to(device),
             ratio,
             Counts(size_factors, torch.maximum(zero, AMBIENT * unit), unit, scaled),
         )
     if told is not None:
-        group = None if told.group is None else torch.from_numpy(told.group).to(device)
-        matrix = torch.from_numpy(told.matrix).to(device)
+        matrix, group = told.tensors(device)
         cells = replace(cells, covariates=matrix, group=group, n_groups=len(told.batches))
     return VelocityData(cells, adata.obs_names, genes, adata.var_names[genes].tolist(), scaling, names, told)
 
@@ -142,9 +166,15 @@ def _sizes(adata: AnnData, layer: Any, molecule: str, as_is: bool) -> Array:
     key = keys.size_factor(molecule)
     if not as_is and key in adata.obs:
         return adata.obs[key].to_numpy(np.float32)
-    totals = np.asarray(layer.sum(axis=1), np.float64).ravel()
+    totals = sums(layer, 1)
+    return relative(totals, totals)
+
+
+def relative(totals: NDArray[np.float64], among: NDArray[np.float64]) -> Array:
+    """Each cell's total over the median one of the cells with the totals `among`."""
+    counted = among[among > 0]
     # An empty cell counts as the smallest other one: any factor explains it.
-    return (np.maximum(totals, totals[totals > 0].min()) / np.median(totals[totals > 0])).astype(np.float32)
+    return (np.maximum(totals, counted.min()) / np.median(counted)).astype(np.float32)
 
 
 def _divided(layer: Any, sizes: Array) -> Any:
@@ -152,7 +182,7 @@ def _divided(layer: Any, sizes: Array) -> Any:
     return sparse.diags(1 / sizes) @ sparse.csr_matrix(layer)
 
 
-def _stacked(u: Any, s: Any, genes: NDArray[np.bool_], scaling: Scaling | None = None) -> torch.Tensor:
+def stacked(u: Any, s: Any, genes: NDArray[np.bool_], scaling: Scaling | None = None) -> torch.Tensor:
     """Both layers' fitted genes, (2, N, G), scaled if it is said how."""
     out = torch.empty(2, u.shape[0], int(genes.sum()))
     for into, layer in zip(out, (u, s), strict=True):
@@ -261,8 +291,8 @@ def _gene_columns(posterior: Posterior, data: VelocityData) -> dict[str, Array]:
         name, unit = units.get(site, (keys.of_site(site), scale.s_unit if site == "alpha_1" else np.float32(1)))
         columns[name] = posterior.rates[site] * unit
     columns[keys.FIT_LIKELIHOOD] = np.exp(posterior.log_likelihood / 2)
-    measured_u, measured_s = data.cells.scaled
-    u, s = (measured_u * data.cells.ratio).cpu().numpy(), measured_s.cpu().numpy()
+    measured_u, measured_s = data.resident.scaled
+    u, s = (measured_u * data.resident.ratio).cpu().numpy(), measured_s.cpu().numpy()
     columns[keys.FIT_R2] = np.minimum(explained_variance(u, posterior.u), explained_variance(s, posterior.s))
     columns[keys.FIT_U0], columns[keys.FIT_S0] = scale.u_zero, scale.s_zero
     return columns
