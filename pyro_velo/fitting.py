@@ -33,6 +33,7 @@ from pyro_velo.rates import PerGene
 from pyro_velo.refinement import refine
 from pyro_velo.train import Fitted, Guide, OnEvaluation, Training, TrainSettings, restore, train
 from pyro_velo.version import __version__
+from pyro_velo.writing import write_file
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -106,18 +107,39 @@ class Fit:
         return self.data.cells.in_group(design.number_of(batch), design.columns[design.batch_key])
 
     def write(
-        self, adata: AnnData, *, draws: int = 100, over_states: OverStates = "expected", overwrite: bool = False
+        self,
+        adata: AnnData | str | Path,
+        *,
+        draws: int = 100,
+        over_states: OverStates = "expected",
+        overwrite: bool = False,
     ) -> None:
         """Write velocities, times and rates, each with its uncertainty, into `adata` under the keys of `anndata_keys`.
+
+        Where the cells are on disk, `adata` is the path of a new file, `.h5ad` or `.zarr`: a copy of the one that was
+        fitted, with the results in it (see `writing.write_file`).
 
         Raises `InputError` where `adata` is not of the cells and genes that were fitted, or holds a fit already (unless
         `overwrite`).
         """
+        one_clock = _one_clock(getattr(self.fitted.program, "recipe", None))
+        if isinstance(adata, (str, Path)):
+            write_file(
+                self.fitted,
+                self.data,
+                adata,
+                about=self.about(draws, over_states),
+                shared_clock=one_clock,
+                draws=draws,
+                over_states=over_states,
+                overwrite=overwrite,
+            )
+            return
         check_same(adata, self.data)
         check_output_keys(adata, overwrite=overwrite)
         posterior = self.posterior(draws=draws, over_states=over_states)
         write_posterior(adata, self.data, posterior, about=self.about(draws, over_states))
-        summarise_cells(adata, shared_clock=_one_clock(getattr(self.fitted.program, "recipe", None)))
+        summarise_cells(adata, shared_clock=one_clock)
 
     def about(self, draws: int, over_states: str) -> dict[str, Any]:
         """Everything needed to say how the numbers were made."""

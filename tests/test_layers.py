@@ -48,6 +48,7 @@ LAYERS: dict[int, set[str]] = {
         *("last_layer", "latent", "clustering", "cluster_number", "merging", "agreement", "parts", "stages", "studies"),
     },
     4: {
+        "writing",
         *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
         *("arguments", "profile_commands"),
         *("autoencoding", "profile_report", "sweeping"),
@@ -150,6 +151,7 @@ SIDEWAYS = {
     ("api", "fitting"),
     ("api", "flow"),
     ("fitting", "flow"),
+    ("fitting", "writing"),
     ("__init__", "flow"),
     ("api", "reporting"),
     ("verdict", "reporting"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -246,22 +246,10 @@ def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *,
     All that can fail is done before the first key is written. A view becomes an AnnData of its own.
     """
     scale, genes = data.scaling, data.genes
-    unit = scale.s_unit
-    everywhere = {
-        keys.VELOCITY: _spread(posterior.velocity, genes, unit),
-        keys.VELOCITY_SD: _spread(posterior.velocity_sd, genes, unit),
-        keys.VELOCITY_Q05: _spread(posterior.velocity_q05, genes, unit),
-        keys.VELOCITY_Q95: _spread(posterior.velocity_q95, genes, unit),
-        keys.FIT_T: _spread(posterior.t, genes),
-        keys.FIT_T_SD: _spread(posterior.t_sd, genes),
-        keys.FIT_S: _spread(posterior.s, genes, unit, scale.s_zero),
-        # The kinetics live in units of scaled spliced, for both molecules.
-        keys.FIT_U: _spread(posterior.u, genes, unit, scale.u_zero),
-    }
-    var = {name: _spread(column, genes) for name, column in _gene_columns(posterior, data).items()}
+    everywhere = {key: spread(getattr(posterior, name), genes, *unit_of(name, scale)) for name, key in LAYER_OF.items()}
+    var = gene_columns(of_genes(posterior, data), data)
     time = latent_time(posterior.t, posterior.log_likelihood)
-    # 255 marks a gene that was not fitted: whole numbers have no NaN.
-    states = np.full(adata.shape, 255, np.uint8)
+    states = np.full(adata.shape, keys.NOT_FITTED, np.uint8)
     states[:, genes] = posterior.state
     if adata.is_view:
         adata._init_as_actual(adata.copy())
@@ -274,28 +262,67 @@ def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *,
     if posterior.library is not None:
         adata.obs[keys.LIBRARY_SIZE] = posterior.library
     adata.obsm[keys.LATENT] = posterior.z
-    fitted = {keys.UNS_LAYERS: dict(zip((keys.SPLICED, keys.UNSPLICED), data.layers, strict=True))}
-    adata.uns[keys.UNS] = {**adata.uns.get(keys.UNS, {}), **about, **fitted}
+    adata.uns[keys.UNS] = noted(adata.uns.get(keys.UNS, {}), about, data)
 
 
-def _gene_columns(posterior: Posterior, data: VelocityData) -> dict[str, Array]:
-    """The columns of var, for the fitted genes: alpha in units of Mu per time, noise in units of its own layer."""
+LAYER_OF = {
+    "velocity": keys.VELOCITY,
+    "velocity_sd": keys.VELOCITY_SD,
+    "velocity_q05": keys.VELOCITY_Q05,
+    "velocity_q95": keys.VELOCITY_Q95,
+    "t": keys.FIT_T,
+    "t_sd": keys.FIT_T_SD,
+    "s": keys.FIT_S,
+    "u": keys.FIT_U,
+}
+"""Where each layer of a posterior is put."""
+
+
+def unit_of(name: str, scale: Scaling) -> tuple[Any, Any]:
+    """The unit and the zero, (G,) each, of a layer of the posterior in the layers' own units."""
+    if name in ("t", "t_sd"):
+        return 1, 0
+    # The kinetics live in units of scaled spliced, for both molecules.
+    return scale.s_unit, {"u": scale.u_zero, "s": scale.s_zero}.get(name, 0)
+
+
+def noted(before: Mapping[str, Any], about: Mapping[str, Any], data: VelocityData) -> dict[str, Any]:
+    """What stands in uns: what stood there before, how the fit was made, and the layers that it was of."""
+    return {**before, **about, keys.UNS_LAYERS: dict(zip((keys.SPLICED, keys.UNSPLICED), data.layers, strict=True))}
+
+
+class OfGenes(NamedTuple):
+    """What a posterior says of the fitted genes: `rates` and `rates_sd` by site, the mean log-density, and R2, (G,)."""
+
+    rates: Mapping[str, Array]
+    rates_sd: Mapping[str, Array]
+    log_likelihood: Array
+    r2: Array
+
+
+def of_genes(posterior: Posterior, data: VelocityData) -> OfGenes:
+    """What a posterior of cells in memory says of the genes."""
+    measured_u, measured_s = data.resident.scaled
+    u, s = (measured_u * data.resident.ratio).cpu().numpy(), measured_s.cpu().numpy()
+    r2 = np.minimum(explained_variance(u, posterior.u), explained_variance(s, posterior.s))
+    return OfGenes(posterior.rates, posterior.rates_sd, posterior.log_likelihood, r2)
+
+
+def gene_columns(found: OfGenes, data: VelocityData) -> dict[str, Array]:
+    """The columns of var: alpha in units of Mu per time, noise in units of its own layer; NaN of genes not fitted."""
     scale = data.scaling
     columns: dict[str, Array] = {}
     for name, site in zip(keys.RATES, ("alpha", "beta", "gamma", "switch_time"), strict=True):
         unit = scale.s_unit if site == "alpha" else np.float32(1)
-        columns[name] = posterior.rates[site] * unit
-        columns[f"{name}_sd"] = posterior.rates_sd[site] * unit
+        columns[name] = found.rates[site] * unit
+        columns[f"{name}_sd"] = found.rates_sd[site] * unit
     units = {"noise_unspliced": (keys.FIT_STD_U, scale.u_unit), "noise_spliced": (keys.FIT_STD_S, scale.s_unit)}
-    for site in posterior.rates.keys() - {"alpha", "beta", "gamma", "switch_time"}:
+    for site in found.rates.keys() - {"alpha", "beta", "gamma", "switch_time"}:
         name, unit = units.get(site, (keys.of_site(site), scale.s_unit if site == "alpha_1" else np.float32(1)))
-        columns[name] = posterior.rates[site] * unit
-    columns[keys.FIT_LIKELIHOOD] = np.exp(posterior.log_likelihood / 2)
-    measured_u, measured_s = data.resident.scaled
-    u, s = (measured_u * data.resident.ratio).cpu().numpy(), measured_s.cpu().numpy()
-    columns[keys.FIT_R2] = np.minimum(explained_variance(u, posterior.u), explained_variance(s, posterior.s))
+        columns[name] = found.rates[site] * unit
+    columns[keys.FIT_LIKELIHOOD], columns[keys.FIT_R2] = np.exp(found.log_likelihood / 2), found.r2
     columns[keys.FIT_U0], columns[keys.FIT_S0] = scale.u_zero, scale.s_zero
-    return columns
+    return {name: spread(column, data.genes) for name, column in columns.items()}
 
 
 def explained_variance(observed: Array, fitted: Array) -> Array:
@@ -303,7 +330,7 @@ def explained_variance(observed: Array, fitted: Array) -> Array:
     return np.asarray(1 - ((observed - fitted) ** 2).sum(0) / ((observed - observed.mean(0)) ** 2).sum(0))
 
 
-def _spread(values: Array, genes: NDArray[np.bool_], unit: Any = 1, zero: Any = 0) -> Array:
+def spread(values: Array, genes: NDArray[np.bool_], unit: Any = 1, zero: Any = 0) -> Array:
     """Values of the fitted genes, (..., fitted), times `unit` plus `zero`, among all genes, (..., G); NaN elsewhere."""
     out = np.full((*values.shape[:-1], len(genes)), np.nan, np.float32)
     out[..., genes] = values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -176,12 +176,18 @@ def checked_basis(adata: AnnData, basis: str) -> NDArray[np.float64]:
 
 def check_output_keys(adata: AnnData, *, overwrite: bool = False) -> None:
     """Raises `InputError`, listing them, if keys that a fit writes are there already and may not be replaced."""
+    held = {where: getattr(adata, where) for where in ("layers", "var", "obs", "obsm")}
+    check_free(held, adata.uns, overwrite=overwrite)
+
+
+def check_free(held: Mapping[str, Container[str]], uns: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """As `check_output_keys`, of the keys that are `held` in layers, var, obs and obsm."""
     if overwrite:
         return
     written = {"layers": LAYERS_OUT, "var": VAR_OUT, "obs": OBS_OUT, "obsm": OBSM_OUT}
-    taken = [f"{where}[{key!r}]" for where, keys in written.items() for key in keys if key in getattr(adata, where)]
+    taken = [f"{where}[{key!r}]" for where, keys in written.items() for key in keys if key in held[where]]
     # Preparing leaves a note of its own under the same key.
-    if set(adata.uns.get(UNS, ())) - {UNS_PREPARE}:
+    if set(uns.get(UNS, ())) - {UNS_PREPARE}:
         taken.append(f"uns[{UNS!r}]")
     if taken:
         listed = ", ".join(taken[:LISTED]) + (f" and {len(taken) - LISTED} more" if len(taken) > LISTED else "")

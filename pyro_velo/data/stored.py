@@ -62,14 +62,23 @@ class Matrix:
 
 
 class Stored:
-    """An open AnnData file: `obs` and `var` in memory, layers by name."""
+    """An open AnnData file: `obs`, `var` and `uns` in memory, all else by name from its `group`."""
 
     def __init__(self, path: Path, group: Any) -> None:
+        self.path, self.group = path, group
+        self.obs, self.var = (self.element(name) for name in ("obs", "var"))
+        self.uns = self.element("uns") if "uns" in group else {}
+
+    def element(self, name: str) -> Any:
+        """What stands under a name such as `obsp/distances`, in memory; raises `InputError` where it is damaged."""
         from anndata.io import read_elem
 
-        self.path, self._group = path, group
-        with explained(path, "AnnData"):
-            self.obs, self.var = (read_elem(group[name]) for name in ("obs", "var"))
+        with explained(self.path, "AnnData"):
+            return read_elem(self.group[name])
+
+    def names(self, where: str) -> list[str]:
+        """The names in obsm, layers, ...."""
+        return list(self.group[where]) if where in self.group else []
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,14 +88,19 @@ class Stored:
     @property
     def layers(self) -> list[str]:
         """The names of the layers, ours for those of kb-python."""
-        found = list(self._group["layers"]) if "layers" in self._group else []
-        return found + [ours for ours, theirs in RENAMED.items() if theirs in found and ours not in found]
+        found = self.names("layers")
+        ours = {theirs: ours for ours, theirs in RENAMED.items() if ours not in found}
+        return [ours.get(name, name) for name in found]
+
+    def held(self, name: str) -> Any:
+        """What a layer is stored as. Raises `InputError` for one that isn't there."""
+        check_known(name, self.layers, "Layer")
+        layers = self.group["layers"]
+        return layers[name if name in layers else RENAMED[name]]
 
     def layer(self, name: str) -> Matrix:
         """A layer. Raises `InputError` for one that isn't there, of another shape, or whose rows can't be read."""
-        check_known(name, self.layers, "Layer")
-        held = self._group["layers"]
-        found = Matrix(held[name if name in held else RENAMED[name]], f"{self.path}: layer {name!r}")
+        found = Matrix(self.held(name), f"{self.path}: layer {name!r}")
         if found.shape != self.shape:
             raise InputError(
                 f"{found.what} has the shape {found.shape}, expected cells x genes {self.shape}; write the file again."

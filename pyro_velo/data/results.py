@@ -1,0 +1,160 @@
+"""An AnnData file that grows out of another: what is copied goes through memory in pieces, and so does what is added.
+
+Both are `.h5ad` or `.zarr`, whichever.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_velo.data import anndata_keys as keys
+from pyro_velo.data.checks import check_free
+from pyro_velo.data.declared import explained
+from pyro_velo.data.output import categorical, whole
+from pyro_velo.data.stored import Stored
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PIECE_BYTES = 16 * 2**20
+CHUNK_BYTES = 2**20
+SPARSE = {"csr_matrix", "csc_matrix"}
+TABLES = ("obs", "var", "uns")
+"""What is read, changed and written anew."""
+
+
+@contextmanager
+def new_file(path: str | Path, overwrite: bool = False) -> Iterator[Any]:
+    """An empty AnnData file to fill, which appears at `path` whole or not at all; raises `InputError` as `whole`."""
+    import h5py
+    import zarr
+    from anndata import settings
+
+    with whole(path, overwrite) as partial, warnings.catch_warnings():
+        # anndata 0.12 announces future defaults of its zarr format; none changes what is read back.
+        warnings.simplefilter("ignore")
+        if partial.suffix.lower() == ".zarr":
+            group = zarr.open_group(partial, mode="w", zarr_format=settings.zarr_write_format)
+            _mark(group, "anndata", "0.1.0")
+            yield group
+        else:
+            with h5py.File(partial, "w") as file:
+                _mark(file, "anndata", "0.1.0")
+                yield file
+
+
+def copy_all(file: Stored, into: Any, *, leave_out: Container[str] = ()) -> None:
+    """Copy every element but `obs`, `var`, `uns` and those of `leave_out`, named as in `layers/velocity`."""
+    with explained(file.path, "AnnData"):
+        for name in file.group:
+            if name not in (*TABLES, "layers"):
+                _copy(file.group[name], into, name, name, leave_out)
+        layers = _folder(into, "layers")
+        for name in file.layers:
+            if f"layers/{name}" not in leave_out:
+                _copy(file.held(name), layers, name, f"layers/{name}", leave_out)
+        for name in ("layers", "obsm", "varm", "obsp", "varp"):
+            _folder(into, name)
+
+
+def write_tables(into: Any, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
+    """Write what is known of cells, of genes, and of how."""
+    for name, value in zip(TABLES, (categorical(obs), categorical(var), uns), strict=True):
+        write_element(into, name, value)
+
+
+def write_element(into: Any, name: str, value: Any) -> None:
+    """Write what is in memory."""
+    from anndata.io import write_elem
+
+    write_elem(into, name, value)
+
+
+def new_layer(into: Any, name: str, shape: tuple[int, int], dtype: Any, rows: int) -> Any:
+    """An empty layer, to be filled `rows` cells at a time."""
+    return _new_array(_folder(into, "layers"), name, shape, dtype, (rows, shape[1]))
+
+
+def check_results(file: Stored, *, overwrite: bool = False) -> None:
+    """Raises `InputError` if keys that a fit writes are in the file already and may not be replaced."""
+    held = {where: list(file.group[where]) if where in file.group else [] for where in ("layers", "obsm")}
+    check_free({**held, "obs": file.obs.columns, "var": file.var.columns}, file.uns, overwrite=overwrite)
+
+
+def replaced(file: Stored) -> list[str]:
+    """The elements of an earlier fit, which are not copied."""
+    arrows = [f"obsm/{keys.velocity_embedding(name)}" for name in file.names("obsm")]
+    return [*(f"layers/{name}" for name in keys.LAYERS_OUT), *(f"obsm/{name}" for name in keys.OBSM_OUT), *arrows]
+
+
+def _copy(held: Any, into: Any, name: str, where: str, leave_out: Container[str]) -> None:
+    from anndata.io import read_elem
+
+    kind = held.attrs.get("encoding-type", "")
+    if kind == "array" and held.ndim and held.dtype.kind in "biuf":
+        _copy_array(held, _new_array(into, name, held.shape, held.dtype, _chunks(held)))
+    elif kind in SPARSE:
+        group = into.create_group(name)
+        group.attrs.update({key: _plain(value) for key, value in held.attrs.items()})
+        for part in ("data", "indices", "indptr"):
+            array = _new_array(group, part, held[part].shape, held[part].dtype, _chunks(held[part]))
+            _copy_array(held[part], array)
+    elif kind in ("dict", "raw"):
+        group = _folder(into, name, kind)
+        for part in held:
+            if f"{where}/{part}" not in leave_out:
+                _copy(held[part], group, part, f"{where}/{part}", leave_out)
+    else:
+        write_element(into, name, read_elem(held))
+
+
+def _copy_array(held: Any, into: Any) -> None:
+    rows = max(1, PIECE_BYTES // max(1, held.dtype.itemsize * int(np.prod(held.shape[1:]))))
+    step = held.chunks[0] if held.chunks else 1
+    rows = rows // step * step or rows
+    for start in range(0, held.shape[0], rows):
+        into[start : start + rows] = held[start : start + rows]
+
+
+def _chunks(held: Any) -> tuple[int, ...]:
+    """Rows that make about a chunk."""
+    width = max(1, held.dtype.itemsize * int(np.prod(held.shape[1:])))
+    return (max(1, min(held.shape[0], CHUNK_BYTES // width)), *(max(1, length) for length in held.shape[1:]))
+
+
+def _new_array(into: Any, name: str, shape: Sequence[int], dtype: Any, chunks: tuple[int, ...]) -> Any:
+    import zarr
+
+    if isinstance(into, zarr.Group):
+        found = into.create_array(name, shape=tuple(shape), dtype=dtype, chunks=chunks)
+    elif 0 in shape:
+        found = into.create_dataset(name, shape=tuple(shape), dtype=dtype)
+    else:
+        found = into.create_dataset(
+            name, shape=tuple(shape), dtype=dtype, chunks=chunks, compression="gzip", compression_opts=1
+        )
+    _mark(found, "array", "0.2.0")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as JSON, in which zarr keeps them."""
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def _folder(into: Any, name: str, kind: str = "dict") -> Any:
+    if name in into:
+        return into[name]
+    group = into.create_group(name)
+    _mark(group, kind, "0.1.0")
+    return group
+
+
+def _mark(element: Any, kind: str, version: str) -> None:
+    element.attrs["encoding-type"], element.attrs["encoding-version"] = kind, version
