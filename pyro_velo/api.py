@@ -27,6 +27,9 @@ from pyro_velo.data import (
 from pyro_velo.data.bridge import velocity_data
 from pyro_velo.data.checks import MAX_UNSPLICED_RATIO, NO_LIMIT
 from pyro_velo.data.covariates import design
+from pyro_velo.data.on_disk import velocity_data_on_disk
+from pyro_velo.data.results import check_results
+from pyro_velo.data.stored import is_large, stored
 from pyro_velo.errors import InputError
 from pyro_velo.fitting import Fit, fit, load
 from pyro_velo.flow import units_of_range
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 DEMO_CELLS, DEMO_GENES = 600, 80
+RAW = (keys.SPLICED, keys.UNSPLICED)
 PARTS_FILE = "parts.json"
 
 
@@ -64,6 +68,8 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
     device = _device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.on_disk or (options.on_disk is None and is_large(path)):
+        return fit_on_disk(path, output, options, device)
     adata = read(path)
     check_output_keys(adata, overwrite=options.overwrite)
     check_writable(adata)
@@ -71,6 +77,43 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
     write_whole(adata, output, options.overwrite)
     if options.report is not None:
         report(adata, options.report)
+    return fitted
+
+
+def fit_on_disk(path: Path, output: Path, options: FitOptions, device: str = "cpu") -> Fit:
+    """As `fit_file`, of a file whose cells stay on the disk, beside `output` while they are fitted.
+
+    Raises `InputError` for a report, which looks at all cells at once.
+    """
+    if options.report is not None:
+        raise InputError(
+            f"Expected no report of cells that stay on the disk; got {options.report}. Leave it out, or make it of "
+            f"some of the cells of {output} (pyro-velo report)."
+        )
+    model, guide = recipes(options)
+    training = training_of(options)
+    with stored(path) as file:
+        check_results(file, overwrite=options.overwrite)
+    spliced, unspliced = (
+        given or name for given, name in zip((options.spliced_layer, options.unspliced_layer), RAW, strict=True)
+    )
+    data = velocity_data_on_disk(
+        path,
+        as_is=options.as_is,
+        counts=model.likelihood.counts,
+        layers=(spliced, unspliced) if options.as_is else None,
+        batch_key=options.batch_key,
+        covariates=options.covariates,
+        device=device,
+        scratch=output.absolute().parent,
+        seed=options.seed,
+    )
+    if options.save is not None:
+        note_parts(options.save, options)
+    fitted = fit(
+        model, guide, path, seed=options.seed, settings=training, data=data, save=options.save, resume=options.resume
+    )
+    fitted.write(output, draws=options.draws, overwrite=options.overwrite)
     return fitted
 
 

@@ -36,7 +36,8 @@ class FitOptions:
     `as_is` skips the preprocessing; `nuclei` lets unspliced counts exceed spliced ones by any factor; `draws` counts
     posterior draws, two at least; `depth` is by default "neighbours" for counts and else "total"; `priors` are written
     as `alpha=LogNormal(0, 1)`; `save` and `resume` are folders of checkpoints; `report` is an HTML file; `overwrite`
-    allows output files and keys that exist. `beta`, `kl_cycles` and `free_bits` are `TrainSettings`' own (`cycles`).
+    allows output files and keys that exist. `on_disk` leaves cells in their file; by default those of a file that would
+    take more than half of the free memory. `beta`, `kl_cycles` and `free_bits` are `TrainSettings`' own (`cycles`).
     """
 
     as_is: bool = False
@@ -66,6 +67,7 @@ class FitOptions:
     beta: float | None = None
     kl_cycles: int | None = None
     free_bits: float | None = None
+    on_disk: bool | None = None
 
 
 VAEModelName = Literal["vae", "gmvae", "cgmdvae"]

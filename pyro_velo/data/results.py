@@ -41,12 +41,10 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[Any]:
         warnings.simplefilter("ignore")
         if partial.suffix.lower() == ".zarr":
             group = zarr.open_group(partial, mode="w", zarr_format=settings.zarr_write_format)
-            _mark(group, "anndata", "0.1.0")
-            yield group
+            yield _marked(group)
         else:
             with h5py.File(partial, "w") as file:
-                _mark(file, "anndata", "0.1.0")
-                yield file
+                yield _marked(file)
 
 
 def copy_all(file: Stored, into: Any, *, leave_out: Container[str] = ()) -> None:
@@ -55,12 +53,9 @@ def copy_all(file: Stored, into: Any, *, leave_out: Container[str] = ()) -> None
         for name in file.group:
             if name not in (*TABLES, "layers"):
                 _copy(file.group[name], into, name, name, leave_out)
-        layers = _folder(into, "layers")
         for name in file.layers:
             if f"layers/{name}" not in leave_out:
-                _copy(file.held(name), layers, name, f"layers/{name}", leave_out)
-        for name in ("layers", "obsm", "varm", "obsp", "varp"):
-            _folder(into, name)
+                _copy(file.held(name), into["layers"], name, f"layers/{name}", leave_out)
 
 
 def write_tables(into: Any, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
@@ -78,7 +73,33 @@ def write_element(into: Any, name: str, value: Any) -> None:
 
 def new_layer(into: Any, name: str, shape: tuple[int, int], dtype: Any, rows: int) -> Any:
     """An empty layer, to be filled `rows` cells at a time."""
-    return _new_array(_folder(into, "layers"), name, shape, dtype, (rows, shape[1]))
+    return _new_array(into["layers"], name, shape, dtype, (rows, shape[1]))
+
+
+class NewCSR:
+    """A csr matrix of G genes in a file, to which cells are added; `close` it in the end."""
+
+    def __init__(self, into: Any, name: str, n_genes: int, dtype: Any) -> None:
+        self._group, self._n_genes = into.create_group(name), n_genes
+        self._parts = {
+            part: _new_array(self._group, part, (0,), kind, (CHUNK_BYTES // np.dtype(kind).itemsize,))
+            for part, kind in (("data", dtype), ("indices", np.int32))
+        }
+        self._ends = [np.zeros(1, np.int64)]
+
+    def append(self, cells: Any) -> None:
+        """Add cells (B, G), csr."""
+        stored = self._parts["data"].shape[0]
+        for part, values in (("data", cells.data), ("indices", cells.indices)):
+            self._parts[part].resize((stored + len(values),))
+            self._parts[part][stored:] = values
+        self._ends.append(self._ends[-1][-1] + cells.indptr[1:].astype(np.int64))
+
+    def close(self) -> None:
+        """Write where each cell starts, and of what shape the matrix is."""
+        write_element(self._group, "indptr", np.concatenate(self._ends))
+        _mark(self._group, "csr_matrix", "0.1.0")
+        self._group.attrs["shape"] = [sum(map(len, self._ends)) - 1, self._n_genes]
 
 
 def check_results(file: Stored, *, overwrite: bool = False) -> None:
@@ -133,11 +154,11 @@ def _new_array(into: Any, name: str, shape: Sequence[int], dtype: Any, chunks: t
 
     if isinstance(into, zarr.Group):
         found = into.create_array(name, shape=tuple(shape), dtype=dtype, chunks=chunks)
-    elif 0 in shape:
-        found = into.create_dataset(name, shape=tuple(shape), dtype=dtype)
     else:
+        # What is empty may grow.
+        grows = {"maxshape": (None, *shape[1:])} if shape[0] == 0 else {}
         found = into.create_dataset(
-            name, shape=tuple(shape), dtype=dtype, chunks=chunks, compression="gzip", compression_opts=1
+            name, shape=tuple(shape), dtype=dtype, chunks=chunks, compression="gzip", compression_opts=1, **grows
         )
     _mark(found, "array", "0.2.0")
     return found
@@ -146,6 +167,14 @@ def _new_array(into: Any, name: str, shape: Sequence[int], dtype: Any, chunks: t
 def _plain(value: Any) -> Any:
     """An attribute as JSON, in which zarr keeps them."""
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def _marked(group: Any) -> Any:
+    """A new file that says what it is, with the folders of its matrices."""
+    _mark(group, "anndata", "0.1.0")
+    for name in ("layers", "obsm", "varm", "obsp", "varp"):
+        _folder(group, name)
+    return group
 
 
 def _folder(into: Any, name: str, kind: str = "dict") -> Any:
