@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from pyro_velo.models.vae import VAE as VAE
     from pyro_velo.models.velocity import SwitchPenalty as SwitchPenalty
     from pyro_velo.models.velocity import VelocityModel as VelocityModel
+    from pyro_velo.preparing import prepare_file as prepare_file
     from pyro_velo.prior_draws import draw_from_prior as draw_from_prior
     from pyro_velo.priors import Centered as Centered
     from pyro_velo.priors import Priors as Priors
@@ -103,6 +104,7 @@ _MODULES = {"pl": "plots", "pp": "preprocess"} | {
     )
 }
 _NAMES = {
+    "prepare_file": "preparing",
     "project": "flow",
     "score": "api",
     "audit": "auditing",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from pyro_velo.likelihoods import LIKELIHOODS
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.options import BASIS, COLOR, GRID, PARTS, Depth, FitOptions
 from pyro_velo.posterior import check_draws
+from pyro_velo.preparing import prepare_file
 from pyro_velo.priors import priors_from_text
 from pyro_velo.rates import RATE_GUIDES
 from pyro_velo.reporting import report
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 DEMO_CELLS, DEMO_GENES = 600, 80
-RAW = (keys.SPLICED, keys.UNSPLICED)
 PARTS_FILE = "parts.json"
 
 
@@ -83,6 +84,8 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
 def fit_on_disk(path: Path, output: Path, options: FitOptions, device: str = "cpu") -> Fit:
     """As `fit_file`, of a file whose cells stay on the disk, beside `output` while they are fitted.
 
+    A file that holds `Ms` and `Mu` is taken as prepared; any other is prepared beside `output`.
+
     Raises `InputError` for a report, which looks at all cells at once.
     """
     if options.report is not None:
@@ -91,30 +94,48 @@ def fit_on_disk(path: Path, output: Path, options: FitOptions, device: str = "cp
             f"some of the cells of {output} (pyro-velo report)."
         )
     model, guide = recipes(options)
-    training = training_of(options)
+    training, folder = training_of(options), output.absolute().parent
+    names = (options.spliced_layer or keys.SPLICED, options.unspliced_layer or keys.UNSPLICED)
     with stored(path) as file:
         check_results(file, overwrite=options.overwrite)
-    spliced, unspliced = (
-        given or name for given, name in zip((options.spliced_layer, options.unspliced_layer), RAW, strict=True)
-    )
-    data = velocity_data_on_disk(
-        path,
-        as_is=options.as_is,
-        counts=model.likelihood.counts,
-        layers=(spliced, unspliced) if options.as_is else None,
-        batch_key=options.batch_key,
-        covariates=options.covariates,
-        device=device,
-        scratch=output.absolute().parent,
-        seed=options.seed,
-    )
-    if options.save is not None:
-        note_parts(options.save, options)
-    fitted = fit(
-        model, guide, path, seed=options.seed, settings=training, data=data, save=options.save, resume=options.resume
-    )
-    fitted.write(output, draws=options.draws, overwrite=options.overwrite)
+        design(file.tables(), options.batch_key, options.covariates)
+        prepared = options.as_is or {keys.MS, keys.MU} <= set(file.layers)
+    with TemporaryDirectory(prefix=f".{output.name}.", suffix=".prepared", dir=folder) as beside:
+        if not prepared:
+            prepare_file(path, Path(beside) / "prepared.h5ad", prepare_settings(options), layers=names)
+            path = Path(beside) / "prepared.h5ad"
+        data = velocity_data_on_disk(
+            path,
+            as_is=options.as_is,
+            counts=model.likelihood.counts,
+            layers=names if options.as_is else None,
+            batch_key=options.batch_key,
+            covariates=options.covariates,
+            device=device,
+            scratch=folder,
+            seed=options.seed,
+        )
+        if options.save is not None:
+            note_parts(options.save, options)
+        fitted = fit(
+            model,
+            guide,
+            path,
+            seed=options.seed,
+            settings=training,
+            data=data,
+            save=options.save,
+            resume=options.resume,
+        )
+        fitted.write(output, draws=options.draws, overwrite=options.overwrite)
     return fitted
+
+
+def prepare_settings(options: FitOptions) -> preprocess.PrepareSettings:
+    """How the options prepare counts."""
+    limit = NO_LIMIT if options.nuclei else MAX_UNSPLICED_RATIO
+    depth = options.depth or depth_for(options.likelihood)
+    return preprocess.PrepareSettings(seed=options.seed, max_unspliced_ratio=limit, depth=depth)
 
 
 def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
@@ -125,10 +146,7 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
     design(adata, options.batch_key, options.covariates)
     if not options.as_is:
         _rename_layers(adata, options)
-        limit = NO_LIMIT if options.nuclei else MAX_UNSPLICED_RATIO
-        depth = options.depth or depth_for(options.likelihood)
-        settings = preprocess.PrepareSettings(seed=options.seed, max_unspliced_ratio=limit, depth=depth)
-        preprocess.prepare(adata, settings)
+        preprocess.prepare(adata, prepare_settings(options))
     data = velocity_data(
         adata,
         as_is=options.as_is,

@@ -55,10 +55,14 @@ class Rows:
 
     def append(self, values: Tensor) -> None:
         """Add cells, (K, B, G). Raises `InputError` where the disk refuses."""
+        self.put(self.length, values)
+
+    def put(self, start: int, values: Tensor) -> None:
+        """Put cells (K, B, G) at the numbers from `start` on. Raises `InputError` where the disk refuses."""
         block = np.ascontiguousarray(values.movedim(0, 1).numpy(), np.float32).data.cast("B")
         try:
             with self._lock:
-                self._file.seek(self.length * self.row_bytes)
+                self._file.seek(start * self.row_bytes)
                 while block:
                     block = block[self._file.write(block) or 0 :]
         except OSError as error:
@@ -66,7 +70,7 @@ class Rows:
                 f"Cells can't be kept in {self.folder} ({error.strerror}), expected room there for {self.row_bytes:,} "
                 "bytes a cell; free some, or name another folder (scratch)."
             ) from error
-        self.length += values.shape[1]
+        self.length = max(self.length, start + values.shape[1])
 
     def read(self, index: Tensor) -> Tensor:
         """The cells at `index` (B,), in that order: (K, B, G). Raises `InputError` where the file ends before one."""
@@ -76,7 +80,7 @@ class Rows:
         out = np.empty((self.shape[0], len(at), self.shape[1]), np.float32)
         for piece in self._pieces(ordered):
             first, last = int(ordered[piece.start]), int(ordered[piece.stop - 1])
-            span = self._span(first, last + 1)
+            span = self.span(first, last + 1)
             out[:, order[piece]] = span[ordered[piece] - first].swapaxes(0, 1)
         return torch.from_numpy(out)
 
@@ -87,7 +91,7 @@ class Rows:
         ends = sorted({0, *(np.flatnonzero(cuts) + 1).tolist(), len(ordered)})
         yield from (slice(start, stop) for start, stop in pairwise(ends))
 
-    def _span(self, start: int, stop: int) -> NDArray[np.float32]:
+    def span(self, start: int, stop: int) -> NDArray[np.float32]:
         """The cells from `start` to `stop`, (B, K, G)."""
         out = np.empty((stop - start, *self.shape), np.float32)
         left = out.data.cast("B")
@@ -102,6 +106,27 @@ class Rows:
                     )
                 left = left[read:]
         return out
+
+
+class Columns:
+    """The float32 numbers of N cells x G genes in a file without a name, `width` genes together: as `Rows`, by gene."""
+
+    def __init__(self, n_cells: int, n_genes: int, width: int, folder: str | Path) -> None:
+        starts = range(0, n_genes, width)
+        self.blocks = [slice(start, min(start + width, n_genes)) for start in starts]
+        self._n_cells, self._filled, self._rows = n_cells, 0, Rows(1, 1, folder)
+
+    def append(self, cells: NDArray[np.float32]) -> None:
+        """Add cells (B, G). Raises `InputError` where the disk refuses."""
+        for block in self.blocks:
+            at = self._n_cells * block.start + self._filled * (block.stop - block.start)
+            self._rows.put(at, torch.from_numpy(np.ascontiguousarray(cells[:, block]).reshape(1, -1, 1)))
+        self._filled += len(cells)
+
+    def read(self, block: slice) -> NDArray[np.float32]:
+        """All cells' numbers of the genes of one of `blocks`, (N, genes)."""
+        found = self._rows.span(self._n_cells * block.start, self._n_cells * block.stop)
+        return found.reshape(self._n_cells, -1)
 
 
 @dataclass(frozen=True)

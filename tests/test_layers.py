@@ -42,7 +42,7 @@ LAYERS: dict[int, set[str]] = {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
         *("coupling", "coupled_rates"),
         *("history", "doctor", "doctor.terms"),
-        *("simulate", "preprocess", "embedding", "metrics", "data"),
+        *("simulate", "preprocess", "preparing", "embedding", "metrics", "data"),
         *("transitions", "population_balance", "macrostates", "fates", "directions", "directional", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
         *("last_layer", "latent", "clustering", "cluster_number", "merging", "agreement", "parts", "stages", "studies"),
@@ -126,6 +126,8 @@ SIDEWAYS = {
     ("prior_draws", "data"),
     ("prior_draws", "truth"),
     ("preprocess", "data"),
+    ("preparing", "data"),
+    ("preparing", "preprocess"),
     # Autoencoders: what a fit says of cells, and fits with clusters.
     ("last_layer", "train"),
     ("latent", "last_layer"),

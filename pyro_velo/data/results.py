@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.checks import check_free
 from pyro_velo.data.declared import explained
 from pyro_velo.data.output import categorical, whole
-from pyro_velo.data.stored import Stored
+from pyro_velo.data.stored import Matrix, Stored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,9 +72,33 @@ def write_element(into: Any, name: str, value: Any) -> None:
     write_elem(into, name, value)
 
 
-def new_layer(into: Any, name: str, shape: tuple[int, int], dtype: Any, rows: int) -> Any:
-    """An empty layer, to be filled `rows` cells at a time."""
-    return _new_array(into["layers"], name, shape, dtype, (rows, shape[1]))
+def new_layer(into: Any, name: str, shape: tuple[int, int], dtype: Any, rows: int, columns: int | None = None) -> Any:
+    """An empty layer, to be filled `rows` cells and `columns` genes (None: all) at a time."""
+    return _new_array(into["layers"], name, shape, dtype, (min(rows, shape[0]), columns or shape[1]))
+
+
+def copy_genes(
+    file: Stored, into: Any, genes: NDArray[np.int64], layers: dict[str, str], *, leave_out: Container[str] = ()
+) -> None:
+    """Copy every element but `obs`, `var` and `uns`, of the genes at `genes` alone.
+
+    `layers` gives those of the file's layers that get another name, by that name; layers in `leave_out` are not copied.
+    """
+    from anndata.io import read_elem
+
+    with explained(file.path, "AnnData"):
+        for name in ("obsm", "obsp", "raw"):
+            if name in file.group:
+                _copy(file.group[name], into, name, name, ())
+        for name in file.names("varm"):
+            write_element(into["varm"], name, read_elem(file.group["varm"][name])[genes])
+        for name in file.names("varp"):
+            write_element(into["varp"], name, read_elem(file.group["varp"][name])[genes][:, genes])
+        held = {name: name for name in file.layers if name not in leave_out and name not in layers} | layers
+        for name, theirs in held.items():
+            _copy_genes(file.layer(theirs), into["layers"], name, genes)
+        if "X" in file.group and file.group["X"].attrs.get("encoding-type") != "null":
+            _copy_genes(Matrix(file.group["X"], f"{file.path}: X"), into, "X", genes)
 
 
 class NewCSR:
@@ -133,6 +158,20 @@ def _copy(held: Any, into: Any, name: str, where: str, leave_out: Container[str]
                 _copy(held[part], group, part, f"{where}/{part}", leave_out)
     else:
         write_element(into, name, read_elem(held))
+
+
+def _copy_genes(matrix: Matrix, into: Any, name: str, genes: NDArray[np.int64]) -> None:
+    if matrix.sparse:
+        grown = NewCSR(into, name, len(genes), matrix.dtype)
+        for start, stop in matrix.bounds():
+            grown.append(matrix.rows(start, stop)[:, genes])
+        grown.close()
+        return
+    shape = (matrix.shape[0], len(genes))
+    chunks = (max(1, min(shape[0], CHUNK_BYTES // (matrix.dtype.itemsize * max(1, shape[1])))), max(1, shape[1]))
+    array = _new_array(into, name, shape, matrix.dtype, chunks)
+    for start, stop in matrix.bounds():
+        array[start:stop] = matrix.rows(start, stop)[:, genes]
 
 
 def _copy_array(held: Any, into: Any) -> None:

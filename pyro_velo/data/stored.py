@@ -42,7 +42,8 @@ class Matrix:
                 f"{what} is stored as {kind}, expected rows that can be read alone (csr or dense); convert it "
                 "(scipy.sparse.csr_matrix) and write the file again."
             )
-        self.what = what
+        self.what, self.sparse = what, kind == "csr_matrix"
+        self.dtype = (held["data"] if self.sparse else held).dtype
         self._held = sparse_dataset(held) if kind == "csr_matrix" else held
         self.shape = (int(self._held.shape[0]), int(self._held.shape[1]))
         chunks = None if kind == "csr_matrix" else getattr(held, "chunks", None)
