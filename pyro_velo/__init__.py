@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from pyro_velo.data.downloads import mouse_brain as mouse_brain
     from pyro_velo.data.on_disk import velocity_data_on_disk as velocity_data_on_disk
     from pyro_velo.data.profile_data import profile_data as profile_data
+    from pyro_velo.data.profiles_on_disk import profile_data_on_disk as profile_data_on_disk
     from pyro_velo.diagnosing import diagnose as diagnose
     from pyro_velo.diagnosis import Diagnosis as Diagnosis
     from pyro_velo.errors import InputError as InputError
@@ -125,6 +126,7 @@ _NAMES = {
     "digits": "data.digits",
     "mouse_brain": "data.downloads",
     "profile_data": "data.profile_data",
+    "profile_data_on_disk": "data.profiles_on_disk",
     "InputError": "errors",
     "Fit": "fitting",
     "fit": "fitting",

@@ -27,6 +27,7 @@ from pyro_velo.arguments import (
     Library,
     Likelihood,
     MaxEpochs,
+    OnDisk,
     Overwrite,
     PriorTexts,
     Rates,
@@ -156,10 +157,7 @@ def fit(
     free_bits: Annotated[
         float | None, typer.Option(metavar="NATS", help="KL that a latent dimension has for free. Default: 0.")
     ] = None,
-    on_disk: Annotated[
-        bool | None,
-        typer.Option("--on-disk/--in-memory", help="Where cells stay. Default: by the file's size and the memory."),
-    ] = None,
+    on_disk: OnDisk = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit velocities, times and rates with their uncertainty."""

@@ -9,12 +9,14 @@ the process, and a file that is cut short ends it without a word, where reading 
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from threading import Lock
+from typing import Generic
 from weakref import finalize
 
 import numpy as np
@@ -22,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_velo.batch import Batch, Cells, Counts, one_level
+from pyro_velo.batch import AnyBatch, Batch, Cells, Counts, one_level
 from pyro_velo.errors import InputError
 
 WINDOW_BYTES = 128 * 2**20
@@ -129,31 +131,84 @@ class Columns:
         return found.reshape(self._n_cells, -1)
 
 
-@dataclass(frozen=True)
-class DiskCells:
-    """A data set like `Cells`, whose molecules are in `rows` (unspliced and spliced of N cells x G genes).
-
-    `sample` are some of its cells, resident, off which models read start values, ratio and units. `size_factors`
-    (2, N, 1), `covariates` (N, C), `group` (N,) are resident. `window` is how many cells are shuffled together.
-    """
+@dataclass(frozen=True, kw_only=True)
+class OnDisk(ABC, Generic[AnyBatch]):
+    """A data set of N cells whose numbers are in `rows`; `window` is how many cells are shuffled together."""
 
     rows: Rows
-    sample: Cells
-    size_factors: Tensor | None = None
-    covariates: Tensor | None = None
-    group: Tensor | None = None
     window: int = 0
 
     def __post_init__(self) -> None:
         """Choose the window, where none is given."""
-        if self.rows.shape != (2, self.sample.n_genes):
-            raise ValueError(f"Expected rows of shape (2, {self.sample.n_genes}); got {self.rows.shape}.")
+        if self.rows.shape[1] != self.n_genes:
+            raise ValueError(f"Expected rows of {self.n_genes} genes, as in the sample; got {self.rows.shape[1]}.")
         if not self.window:
             object.__setattr__(self, "window", max(1, WINDOW_BYTES // self.rows.row_bytes))
+
+    @property
+    @abstractmethod
+    def n_genes(self) -> int:
+        """The number of genes."""
+
+    @abstractmethod
+    def _batch(self, values: Tensor, index: Tensor, n_cells: int | None) -> AnyBatch:
+        """The cells at `index`, whose numbers (K, B, G) have been read."""
 
     def __len__(self) -> int:
         """The number of cells."""
         return len(self.rows)
+
+    def shuffled(self, index: Tensor) -> Tensor:
+        """The cells at `index`, blocks of neighbours in random order and shuffled within each window of them.
+
+        Drawn from torch's generator; where one window holds all, as `Resident.shuffled` does.
+        """
+        if len(index) <= self.window:
+            return index[torch.randperm(len(index))]
+        blocks = index.sort().values.split(max(1, self.window // BLOCKS))
+        order = torch.cat([blocks[i] for i in torch.randperm(len(blocks)).tolist()])
+        return torch.cat([part[torch.randperm(len(part))] for part in order.split(self.window)])
+
+    def batch(self, index: Tensor, n_cells: int | None = None) -> AnyBatch:
+        """The cells at `index` (B,); `n_cells` is what the batch stands for (all cells, if not said)."""
+        return self._batch(self.rows.read(index), index, n_cells)
+
+    def read(self, parts: Sequence[Tensor], n_cells: int | None = None) -> Iterator[AnyBatch]:
+        """A batch of the cells at each of `parts`; a thread reads those of a window while the one before is used."""
+        by_window = groupby(zip(_bounds(parts), parts, strict=True), lambda found: found[0][0] // self.window)
+        windows = [[part for _, part in found] for _, found in by_window]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(self.rows.read, torch.cat(window)) for window in windows[:1]]
+            for window, following in zip(windows, [*windows[1:], None], strict=True):
+                values = ahead.pop().result()
+                if following is not None:
+                    ahead.append(reader.submit(self.rows.read, torch.cat(following)))
+                for part, (start, stop) in zip(window, _bounds(window), strict=True):
+                    # A copy: a view would hold the whole window after its time.
+                    yield self._batch(values[:, start:stop].clone(), part, n_cells)
+
+    def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[AnyBatch]:
+        """The cells at `index`, in that order, `size` at a time; the last batch may be smaller."""
+        yield from self.read(index.split(size), n_cells)
+
+
+def _bounds(parts: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """Where each of several parts, one after the other, starts and stops."""
+    return pairwise(accumulate((len(part) for part in parts), initial=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskCells(OnDisk[Batch]):
+    """A data set like `Cells`, whose molecules are in `rows` (unspliced and spliced of N cells x G genes).
+
+    `sample` are some of its cells, resident, off which models read start values, ratio and units. `size_factors`
+    (2, N, 1), `covariates` (N, C), `group` (N,) are resident.
+    """
+
+    sample: Cells
+    size_factors: Tensor | None = None
+    covariates: Tensor | None = None
+    group: Tensor | None = None
 
     @property
     def n_genes(self) -> int:
@@ -190,42 +245,9 @@ class DiskCells:
         """What turns raw counts into abundances, of the sample's cells."""
         return self.sample.counts
 
-    def shuffled(self, index: Tensor) -> Tensor:
-        """The cells at `index`, blocks of neighbours in random order and shuffled within each window of them.
-
-        Drawn from torch's generator; where one window holds all, as `Cells.shuffled` does.
-        """
-        if len(index) <= self.window:
-            return index[torch.randperm(len(index))]
-        blocks = index.sort().values.split(max(1, self.window // BLOCKS))
-        order = torch.cat([blocks[i] for i in torch.randperm(len(blocks)).tolist()])
-        return torch.cat([part[torch.randperm(len(part))] for part in order.split(self.window)])
-
-    def batch(self, index: Tensor, n_cells: int | None = None) -> Batch:
-        """The cells at `index` (B,); `n_cells` is what the batch stands for (all cells, if not said)."""
-        return self._batch(self.rows.read(index), index, n_cells)
-
-    def read(self, parts: Sequence[Tensor], n_cells: int | None = None) -> Iterator[Batch]:
-        """A batch of the cells at each of `parts`; a thread reads those of a window while the one before is used."""
-        by_window = groupby(zip(_bounds(parts), parts, strict=True), lambda found: found[0][0] // self.window)
-        windows = [[part for _, part in found] for _, found in by_window]
-        with ThreadPoolExecutor(1) as reader:
-            ahead = [reader.submit(self.rows.read, torch.cat(window)) for window in windows[:1]]
-            for window, following in zip(windows, [*windows[1:], None], strict=True):
-                molecules = ahead.pop().result()
-                if following is not None:
-                    ahead.append(reader.submit(self.rows.read, torch.cat(following)))
-                for part, (start, stop) in zip(window, _bounds(window), strict=True):
-                    # A copy: a view would hold the whole window after its time.
-                    yield self._batch(molecules[:, start:stop].clone(), part, n_cells)
-
-    def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[Batch]:
-        """The cells at `index`, in that order, `size` at a time; the last batch may be smaller."""
-        yield from self.read(index.split(size), n_cells)
-
-    def _batch(self, molecules: Tensor, index: Tensor, n_cells: int | None) -> Batch:
+    def _batch(self, values: Tensor, index: Tensor, n_cells: int | None) -> Batch:
         return Batch(
-            molecules.to(self.device),
+            values.to(self.device),
             index,
             len(self) if n_cells is None else n_cells,
             None if self.size_factors is None else self.size_factors.index_select(1, index),
@@ -246,11 +268,6 @@ class DiskCells:
         assert self.covariates is not None and self.group is not None
         covariates = one_level(self.covariates, columns, group)
         return replace(self, covariates=covariates, group=torch.full_like(self.group, group))
-
-
-def _bounds(parts: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
-    """Where each of several parts, one after the other, starts and stops."""
-    return pairwise(accumulate((len(part) for part in parts), initial=0))
 
 
 AnyCells = Cells | DiskCells

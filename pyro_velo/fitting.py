@@ -207,7 +207,8 @@ def fit(
     model, guide = model or VelocityModel(), guide or Amortized()
     data = data or _data_of(adata, seed, counts=_counts(model))
     check_suits(model, data)
-    _check_couples(model, guide, data)
+    if isinstance(data.cells, DiskCells):
+        check_bears_disk(model, guide)
     data = _in_order(model, data, adata)
     recipe = in_words(model, guide)
     wanted = replace(settings or TrainSettings(), seed=seed)
@@ -259,7 +260,8 @@ def load(
     model, guide = model or VelocityModel(), guide or Amortized()
     seed = checkpoint.load(folder)[0].settings.seed
     data = _in_order(model, _data_of(adata, seed, counts=_counts(model), **layers), adata)
-    _check_couples(model, guide, data)
+    if isinstance(data.cells, DiskCells):
+        check_bears_disk(model, guide)
     recipe = in_words(model, guide)
     training = _resumed(folder, data, recipe)
     fitted = restore(model, guide, data.cells, training)
@@ -293,10 +295,9 @@ def _coupled(fitted: Fitted, data: VelocityData, *, seed: int, progress: bool | 
     return couple(fitted, data.cells, seed=seed, progress=progress)
 
 
-def _check_couples(model: Model, guide: Guide, data: VelocityData) -> None:
-    """Raises `InputError` for cells on disk with a clock and rates that a fit in memory ends by coupling."""
-    couples = _one_clock(model) and isinstance(guide, Amortized) and isinstance(guide.rates, PerGene)
-    if couples and isinstance(data.cells, DiskCells):
+def check_bears_disk(model: Model, guide: Guide) -> None:
+    """Raises `InputError` for a clock and rates that a fit ends by coupling, which takes cells in memory."""
+    if _one_clock(model) and isinstance(guide, Amortized) and isinstance(guide.rates, PerGene):
         raise InputError(
             "A shared clock and rates of the kind PerGene are coupled with the cells in memory; got cells on disk. "
             "Read the file and fit that, or choose other rates (MeanField, LowRank)."

@@ -85,7 +85,7 @@ class VAEOptions:
     chosen among `candidates`; `prune` merges those of them that are too many; `covariance` is what each of them has;
     `neighbours` of each cell make the graph whose communities they start from (0: a Gaussian mixture);
     `condition_key`, `covariates` and `label_key` are columns of obs; `denoised` writes a layer; `save` and `resume` are
-    folders of checkpoints; `report` is an HTML file.
+    folders of checkpoints; `report` is an HTML file; `on_disk` as in `FitOptions`.
     """
 
     model: VAEModelName = "gmvae"
@@ -111,6 +111,7 @@ class VAEOptions:
     resume: Path | None = None
     report: Path | None = None
     overwrite: bool = False
+    on_disk: bool | None = None
 
 
 DataSetName = Literal["mouse-brain-20k", "mouse-brain"]

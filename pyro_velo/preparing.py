@@ -107,7 +107,7 @@ def _counted(file: Stored, layers: tuple[str, str], settings: PrepareSettings) -
             of_genes[i] += sums(layer, 0)
             of_cells[i, start : start + layer.shape[0]] = sums(layer, 1)
         shared += shared_counts(*both)
-    check_counts(of_genes, of_cells, file.obs.index, layers, settings.max_unspliced_ratio)
+    check_counts(list(of_genes), list(of_cells), file.obs.index, layers, settings.max_unspliced_ratio)
     factors = {name: factors_of(totals) for name, totals in zip(RAW, of_cells, strict=True)}
     return _Found(enough_shared(shared, settings), factors)
 

@@ -86,11 +86,7 @@ class Profiles(Resident[ProfileBatch]):
         """Raw counts (N, G) with their size factors: each cell's total over the median, or 1 (`depth=False`)."""
         x = counts.to(torch.get_default_dtype())
         totals = x.sum(1, keepdim=True, dtype=torch.float64)
-        some = totals[totals > 0]
-        if not depth or not len(some):
-            return cls(x, x.new_ones(len(x), 1), **told)
-        # An empty cell counts as the smallest other one: any factor explains it.
-        return cls(x, (totals.clamp_min(some.min().item()) / some.median()).to(x), **told)
+        return cls(x, sizes_of(totals, totals).to(x) if depth else x.new_ones(len(x), 1), **told)
 
     def __len__(self) -> int:
         """The number of cells."""
@@ -127,3 +123,12 @@ class Profiles(Resident[ProfileBatch]):
         """The cells at `index` (B,); `n_cells` is what the batch stands for (all cells, if not said)."""
         rest = (None if given is None else given[index] for given in (self.size_factors, self.covariates, self.labels))
         return ProfileBatch(self.x[index], index, len(self) if n_cells is None else n_cells, *rest)
+
+
+def sizes_of(totals: Tensor, among: Tensor) -> Tensor:
+    """Each total (N, 1) over the median of those `among` (M, 1) that are above 0; 1 where none is."""
+    some = among[among > 0]
+    if not len(some):
+        return torch.ones_like(totals)
+    # An empty cell counts as the smallest other one: any factor explains it.
+    return totals.clamp_min(some.min().item()) / some.median()

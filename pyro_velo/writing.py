@@ -25,7 +25,7 @@ from pyro_velo.data.bridge import (
 )
 from pyro_velo.data.output import check_output
 from pyro_velo.data.results import check_results, copy_all, new_file, new_layer, replaced, write_element, write_tables
-from pyro_velo.data.stored import Stored, state_of, stored
+from pyro_velo.data.stored import Stored, stored
 from pyro_velo.disk import DiskCells
 from pyro_velo.errors import InputError
 from pyro_velo.kinetics import T_MAX
@@ -45,8 +45,8 @@ from pyro_velo.train import Fitted
 Array = NDArray[np.float32]
 NEIGHBOURS_BYTES = 64 * 2**20
 """What the cells around a block of cells take in float64."""
-RANKED_AGAINST = 20_000
-"""Cells among which each one's time is ranked, evenly spaced in the file."""
+RANKED_AGAINST = 2_000
+"""Cells among which each one's time is ranked, evenly spaced in the file: ranks are then off by 1 % (one sd)."""
 
 
 def write_file(
@@ -73,7 +73,7 @@ def write_file(
     if source is None or not isinstance(cells, DiskCells):
         raise InputError("Expected a fit of cells on disk, to write to a file; got cells in memory. Pass the AnnData.")
     check_output(path, overwrite, source=source.path)
-    check_source(data)
+    source.check()
     with stored(source.path) as file:
         check_results(file, overwrite=overwrite)
         with new_file(path, overwrite) as into:
@@ -83,17 +83,7 @@ def write_file(
                 fitted, cells, results.add, draws=draws, over_states=over_states, seed=fitted.training.settings.seed
             )
             _write_rest(file, into, results, fitted, rates, about=about, shared_clock=shared_clock)
-            check_source(data)
-
-
-def check_source(data: VelocityData) -> None:
-    """Raises `InputError` where the file that cells on disk were read from has changed since."""
-    source = data.source
-    if source is not None and (not source.path.exists() or state_of(source.path) != source.state):
-        raise InputError(
-            f"{source.path} has changed since it was fitted, expected it as it was; fit it again, or put the old one "
-            "back."
-        )
+            source.check()
 
 
 @dataclass

@@ -21,7 +21,7 @@ from pyro_velo.disk import Rows
 from pyro_velo.errors import InputError
 
 N_CELLS = 120
-SHORT = settings(max_epochs=2, batch_size=54)
+SHORT = settings(max_epochs=1, batch_size=54)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def on(path, **options):
 
 
 def short_fit(cells, **options):
-    """Four epochs of three steps."""
-    return small_fit(cells, settings=settings(max_epochs=4, batch_size=40), **options)
+    """Three epochs of two steps."""
+    return small_fit(cells, settings=settings(max_epochs=3, batch_size=54), **options)
 
 
 def unlike(one, other):
@@ -122,13 +122,6 @@ def test_with_the_same_permutation_the_loss_is_that_in_memory(path, adata, monke
     assert unlike(one, other) == []
 
 
-def test_the_window_changes_the_order_alone(path, in_memory):
-    """The same cells in another order: as good a fit, and not the same one."""
-    found = short_fit(replace(on(path).cells, window=30))
-    assert unlike(found, in_memory) != []
-    assert found.training.history.held_out[-1] == pytest.approx(in_memory.training.history.held_out[-1], rel=0.2)
-
-
 def test_a_run_on_disk_goes_on_to_the_bit(path):
     cells = replace(on(path).cells, window=30)
     states = []
@@ -143,8 +136,7 @@ def test_a_run_on_disk_goes_on_to_the_bit(path):
     assert unlike(short_fit(cells, resume=states[-1]), whole) == []
 
 
-@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-@pytest.mark.parametrize("store", [np.asarray, csr_matrix], ids=["dense", "csr"])
+@pytest.mark.parametrize(("store", "suffix"), [(np.asarray, ".h5ad"), (csr_matrix, ".h5ad"), (csr_matrix, ".zarr")])
 def test_every_way_of_storing_gives_the_same_cells(adata, suffix, store, tmp_path, monkeypatch):
     monkeypatch.setattr(stored_module, "BLOCK_BYTES", 4 * 6 * 32)  # several blocks
     layers = {name: store(adata.layers[name]) for name in ("spliced", "unspliced")}
@@ -169,7 +161,7 @@ def test_counts_come_with_their_sizes_and_what_is_known_of_the_cells(counted, as
 def test_ranges_are_those_of_the_sample_where_there_are_more_cells(path, adata, monkeypatch):
     monkeypatch.setattr(on_disk, "SAMPLE", 50)
     found, again, other = on(path), on(path), on(path, seed=1)
-    numbers = on_disk._sampled(N_CELLS, 0)
+    numbers = on_disk.sampled(N_CELLS, 0)
     assert len(numbers) == len(set(numbers)) == len(found.cells.sample) == 50 and len(found.cells) == N_CELLS
     of_sample = pv.velocity_data(adata[numbers].copy(), as_is=True)
     assert torch.equal(found.cells.sample.molecules, of_sample.cells.molecules)
@@ -182,13 +174,6 @@ def test_ranges_are_those_of_the_sample_where_there_are_more_cells(path, adata, 
     everywhere = found.cells.batch(torch.arange(N_CELLS)).s.numpy() * units[0] + units[1]
     genes = [adata.var_names.get_loc(gene) for gene in found.gene_names]
     assert_allclose(everywhere, adata.layers["spliced"][:, genes], rtol=1e-4, atol=1e-4)
-
-
-def test_a_fit_takes_a_path(path, adata):
-    options = {"settings": SHORT, "progress": False}
-    one = pv.fit(MODEL, GUIDE, path, data=on(path), **options)
-    other = pv.fit(MODEL, GUIDE, adata, data=pv.velocity_data(adata, as_is=True), **options)
-    assert same_posterior(one, other)
 
 
 def test_a_fit_of_prepared_layers_is_saved_and_loaded(counted, tmp_path):

@@ -34,7 +34,7 @@ LAYERS: dict[int, set[str]] = {
     1: {
         *("priors", "likelihoods", "states", "initial", "mixture", "times", "transcription", "library"),
         "optimizer",
-        "disk",
+        *("disk", "disk_profiles"),
         *("emission", "gaussian_mixture", "cluster_sizes", "assignments", "communities", "starts"),
     },
     2: {"models", "rates", "guides", "encoders"},
@@ -62,6 +62,7 @@ LAYER = {module: layer for layer, modules in LAYERS.items() for module in module
 SIDEWAYS = {
     ("densities", "special"),
     ("densities", "compiled"),
+    ("disk_profiles", "disk"),
     ("emission", "likelihoods"),
     ("times", "priors"),
     ("assignments", "gaussian_mixture"),

@@ -15,9 +15,11 @@ from sklearn.neighbors import kneighbors_graph
 from small import GUIDE, MODEL, settings, small_adata
 
 import pyro_velo as pv
-from pyro_velo import embedding, posterior
+from pyro_velo import embedding, posterior, simulate
+from pyro_velo.cli import main
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.output import write_whole
+from pyro_velo.data.simulated import to_anndata
 from pyro_velo.errors import InputError
 
 N_CELLS, N_GENES, DRAWS = 90, 6, 4
@@ -93,7 +95,7 @@ def assert_same_elements(one, other, leave_out=()):
         )
 
 
-@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize("suffix", [".h5ad", pytest.param(".zarr", marks=pytest.mark.slow)])
 def test_the_file_is_the_one_that_a_fit_in_memory_leaves(fit, resident, adata, tmp_path, suffix, monkeypatch):
     # In memory the neighbours of neighbours count too; here both take the direct ones.
     cosines = embedding.cosine_correlations
@@ -114,7 +116,7 @@ def test_the_file_is_the_one_that_a_fit_in_memory_leaves(fit, resident, adata, t
 
 def test_without_neighbours_times_are_ranked(fit, tmp_path, monkeypatch):
     alone = prepared(False)
-    fit = replace(fit, data=pv.velocity_data_on_disk(write_whole(alone, tmp_path / "alone.zarr")))
+    fit = replace(fit, data=pv.velocity_data_on_disk(write_whole(alone, tmp_path / "alone.h5ad")))
     fit.write(tmp_path / "out.h5ad", draws=DRAWS)
     written = pv.read(tmp_path / "out.h5ad")
     genes, found = written.var.velocity_genes.to_numpy(), written.obs.latent_time
@@ -126,7 +128,7 @@ def test_without_neighbours_times_are_ranked(fit, tmp_path, monkeypatch):
     assert np.corrcoef(among_half, found)[0, 1] > 0.98 and not np.allclose(among_half, found)
 
 
-@pytest.mark.parametrize("as_is", [True, False])
+@pytest.mark.parametrize("as_is", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_counts_are_explained_as_in_memory(adata, path, as_is, tmp_path):
     model = pv.VelocityModel(likelihood=pv.likelihoods.Poisson(), times=pv.times.Shared(), n_latent=2, hidden=(8,))
     told = {"as_is": as_is, "counts": True}
@@ -150,7 +152,7 @@ def test_cosines_in_blocks_are_those_of_all_cells(rng):
 def test_nothing_is_left_of_a_file_that_was_not_finished(fit, tmp_path, monkeypatch):
     monkeypatch.setattr(embedding, "potential", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        fit.write(tmp_path / "out.zarr", draws=2)
+        fit.write(tmp_path / "out.h5ad", draws=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,3 +183,44 @@ def test_a_fit_goes_where_its_cells_are(fit, resident, adata, tmp_path):
         resident.write(tmp_path / "out.h5ad")
     with pytest.raises(InputError, match="Expected the 90 cells in memory"):
         fit.write(adata.copy(), draws=2)
+
+
+@pytest.mark.slow
+def test_the_command_line_leaves_cells_on_the_disk(tmp_path, monkeypatch):
+    settings = simulate.Settings(noise=simulate.Poisson(), kinetics=simulate.LogNormalRates(drop=0))
+    counts = to_anndata(simulate.simulate(80, 20, settings=settings, seed=3))
+    counts.obsm["X_umap"] = np.random.default_rng(0).normal(size=(80, 2))
+    write_whole(counts, tmp_path / "counts.h5ad")
+    short = ["--draws", "2", "--max-epochs", "1"]
+
+    def fit(source, out, *options):
+        return main(["fit", str(tmp_path / source), "-o", str(tmp_path / out), *short, *options])
+
+    assert fit("counts.h5ad", "memory.h5ad", "--in-memory") == 0
+    assert fit("counts.h5ad", "disk.h5ad", "--on-disk") == 0
+    one, other = (pv.read(tmp_path / f"{name}.h5ad") for name in ("memory", "disk"))
+    assert_allclose(one.layers["Ms"], other.layers["Ms"], rtol=1e-4)
+    assert_allclose(one.var.fit_beta, other.var.fit_beta, rtol=1e-3)
+    assert set(one.layers) == set(other.layers) and set(one.obs) == set(other.obs) and set(one.uns) <= set(other.uns)
+    # What is prepared is not prepared again; and a file that is large for the memory there is stays where it is.
+    monkeypatch.setattr("pyro_velo.data.stored.free_memory", lambda: 1000)
+    monkeypatch.setattr("pyro_velo.api.prepare_file", None)
+    assert fit("disk.h5ad", "again.zarr", "--overwrite") == 0
+    assert_array_equal(pv.read(tmp_path / "again.zarr").var.fit_beta, other.var.fit_beta)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.zarr", "counts.h5ad", "disk.h5ad", "memory.h5ad"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--report", "page.html"], "Expected no report of cells that stay on the disk"),
+        (["--times", "shared", "--rates", "per-gene"], "coupled with the cells in memory"),
+        (["--as-is", "--spliced-layer", "no"], "Layer 'no' isn't there"),
+        (["--batch-key", "no"], "'no' isn't there"),
+    ],
+)
+def test_what_the_command_line_refuses_leaves_nothing(path, tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", str(path), "-o", "out.h5ad", "--on-disk", *options]) == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.checks import NO_LIMIT, check_adata, check_key, check_two, check_whole, checked_layers
 from pyro_velo.data.covariates import Design, design
 from pyro_velo.data.matrices import checked_matrix, sums
+from pyro_velo.data.stored import state_of
 from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
 
@@ -57,6 +58,14 @@ class Source:
     path: Path
     state: tuple[int, int]
     ranges: tuple[str, str]
+
+    def check(self) -> None:
+        """Raises `InputError` where the file has changed since."""
+        if not self.path.exists() or state_of(self.path) != self.state:
+            raise InputError(
+                f"{self.path} has changed since it was fitted, expected it as it was; fit it again, or put the old one "
+                "back."
+            )
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def velocity_data_on_disk(
         ranges = (keys.MS, keys.MU) if counts and not as_is else names
         for name in names:
             _check_layer(file, name)
-        numbers = _sampled(len(tables), seed)
+        numbers = sampled(len(tables), seed)
         some = velocity_data(
             file.among(numbers, list(dict.fromkeys((*names, *ranges)))),
             as_is=as_is,
@@ -92,7 +92,7 @@ def _check_layer(file: Stored, name: str) -> None:
     file.layer(name)
 
 
-def _sampled(n_cells: int, seed: int) -> NDArray[np.int64]:
+def sampled(n_cells: int, seed: int) -> NDArray[np.int64]:
     """The numbers of the sampled cells, ascending."""
     if n_cells <= SAMPLE:
         return np.arange(n_cells)
@@ -118,11 +118,7 @@ def _spilled(
 ) -> tuple[Rows, NDArray[np.float64]]:
     """All cells as the likelihood wants them, and the totals of their unspliced and spliced RNA, (2, N)."""
     n_cells, n_genes = file.shape[0], int(some.genes.sum())
-    if not folder.is_dir() or shutil.disk_usage(folder).free < 8 * n_cells * n_genes:
-        raise InputError(
-            f"{folder} has no room for the cells, expected {in_words(8 * n_cells * n_genes)}; free some, or name "
-            "another folder (scratch)."
-        )
+    check_room(folder, 8 * n_cells * n_genes)
     rows, totals = Rows(2, n_genes, folder), np.empty((2, n_cells))
     for start, (s, u) in blocks(file, some.layers):
         for name, layer in zip(some.layers, (s, u), strict=True):
@@ -138,6 +134,15 @@ def _spilled(
             )
         rows.append(stacked(u, s, some.genes, None if counts else some.scaling))
     return rows, totals
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises `InputError` for a folder without room for so many bytes."""
+    if not folder.is_dir() or shutil.disk_usage(folder).free < needed:
+        raise InputError(
+            f"{folder} has no room for the cells, expected {in_words(needed)}; free some, or name another folder "
+            "(scratch)."
+        )
 
 
 def _sizes(obs: Any, totals: NDArray[np.float64], numbers: NDArray[np.int64], *, noted: bool) -> torch.Tensor:
@@ -163,4 +168,10 @@ def _cells(
         at = at.to(sample.device)
         own = None if group is None else group[at]
         sample = replace(sample, covariates=matrix[at], group=own, n_groups=len(told.batches))
-    return DiskCells(rows, sample, None if sizes is None else sizes.to(sample.device), matrix, group)
+    return DiskCells(
+        rows=rows,
+        sample=sample,
+        size_factors=None if sizes is None else sizes.to(sample.device),
+        covariates=matrix,
+        group=group,
+    )

@@ -108,6 +108,14 @@ class Stored:
             )
         return found
 
+    def matrix(self, layer: str | None) -> Matrix:
+        """A layer, or X (None). Raises `InputError` as `layer`."""
+        if layer is not None:
+            return self.layer(layer)
+        if "X" not in self.group or self.group["X"].attrs.get("encoding-type") == "null":
+            raise InputError(f"{self.path} has no X, expected a matrix there; name a layer.")
+        return Matrix(self.group["X"], f"{self.path}: X")
+
     def tables(self) -> AnnData:
         """An AnnData of all cells and genes that holds obs and var, and no matrix."""
         from anndata import AnnData
@@ -118,11 +126,12 @@ class Stored:
         """The cells at `numbers`, ascending, with the layers `names`, in memory."""
         from anndata import AnnData
 
-        layers = {name: _rows_among(self.layer(name), numbers) for name in names}
+        layers = {name: rows_among(self.layer(name), numbers) for name in names}
         return AnnData(obs=self.obs.iloc[numbers], var=self.var, layers=layers)
 
 
-def _rows_among(matrix: Matrix, numbers: NDArray[np.int64]) -> Any:
+def rows_among(matrix: Matrix, numbers: NDArray[np.int64]) -> Any:
+    """The cells at `numbers`, ascending, in memory."""
     parts = []
     for start, stop in matrix.bounds():
         wanted = numbers[np.searchsorted(numbers, start) : np.searchsorted(numbers, stop)] - start

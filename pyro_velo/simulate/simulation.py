@@ -139,11 +139,9 @@ def simulate_in_blocks(
     if settings.stationary:
         onset, switch = np.full_like(onset, np.nan), np.full_like(switch, np.nan)
     alpha, beta, gamma = rates.T.copy()
-    seen = _Seen(
-        settings.batches.assign(n_cells, for_batches),
-        *settings.batches.capture(len(rates), for_batches),
-        settings.noise.library(n_cells, for_noise),
-    )
+    batch = settings.batches.assign(n_cells, for_batches)
+    capture_u, capture_s = settings.batches.capture(len(rates), for_batches)
+    seen = _Seen(batch, capture_u, capture_s, settings.noise.library(n_cells, for_noise))
     for start in range(0, n_cells, size):
         rows = slice(start, start + size)
         gene_t = settings.clock.gene_times(t[rows], len(rates), for_clock)
