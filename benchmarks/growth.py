@@ -12,9 +12,12 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import pyro_velo as pv
@@ -22,6 +25,8 @@ from pyro_velo import simulate
 from pyro_velo.data.simulated import write_blocks
 from pyro_velo.train import TrainSettings
 
+SEEN = 10_000
+"""Cells that are simulated; where more are asked for, these are looked at again."""
 STEPS = 200
 """An epoch is measured over as many steps at least, so that small sizes take several after their first."""
 
@@ -52,7 +57,20 @@ def simulated(path: Path, n_cells: int, n_genes: int) -> None:
         clock=simulate.GeneTime(),
         noise=simulate.Poisson(library_size=simulate.LibrarySize(depth=0.3)),
     )
-    write_blocks(simulate.simulate_in_blocks(n_cells, n_genes, size=10_000, settings=settings, seed=0), path)
+    write_blocks(looks(simulate.simulate(min(n_cells, SEEN), n_genes, settings=settings, seed=0), n_cells), path)
+
+
+def looks(cells: simulate.Simulation, n_cells: int) -> Iterator[simulate.Simulation]:
+    """The same cells again and again, each time with counts of its own, until there are `n_cells`."""
+    draw = np.random.default_rng(1)
+    for start in range(0, n_cells, len(cells.true_t)):
+        some = slice(0, n_cells - start)
+        own = {name: getattr(cells, name)[some] for name in ("true_t", "lineage", "library", "batch")}
+        seen = {
+            name: draw.poisson(own["library"][:, None] * abundances[some])
+            for name, abundances in (("unspliced", cells.true_u), ("spliced", cells.true_s))
+        }
+        yield replace(cells, **seen, **own)
 
 
 class Stopwatch:

@@ -51,6 +51,15 @@ def to_anndata(simulation: Simulation) -> AnnData:
     cells show of it.
     uns: `simulation`, the settings and the seed.
     """
+    adata = _known(simulation)
+    adata.X = _measured(simulation.spliced)
+    for name, values in _layers(simulation).items():
+        adata.layers[name] = values
+    return adata
+
+
+def _known(simulation: Simulation) -> AnnData:
+    """What is known of cells and genes, without a matrix."""
     obs = pd.DataFrame(
         {TRUE_TIME: simulation.true_t, TRUE_LIBRARY: simulation.library},
         index=[f"cell_{number}" for number in range(len(simulation.true_t))],
@@ -65,7 +74,7 @@ def to_anndata(simulation: Simulation) -> AnnData:
         },
         index=[f"gene_{number}" for number in range(len(simulation.true_alpha))],
     )
-    adata = AnnData(_measured(simulation.spliced), obs=obs, var=var, layers=_layers(simulation))
+    adata = AnnData(obs=obs, var=var)
     adata.uns[SIMULATION] = {"settings": _plain(simulation.settings), "seed": simulation.seed}
     if (simulation.true_gate > 0).any():
         adata.var[TRUE_GATE] = simulation.true_gate
@@ -94,12 +103,12 @@ def write_blocks(blocks: Iterable[Simulation], path: str | Path, overwrite: bool
         for block in blocks:
             if not np.issubdtype(block.spliced.dtype, np.integer):
                 raise InputError("Expected counts to write block by block; got abundances. Choose a noise of counts.")
-            adata = to_anndata(block)
+            adata = _known(block)
             obs.append(adata.obs)
-            for name in (SPLICED, UNSPLICED):
+            for name, counts in ((SPLICED, block.spliced), (UNSPLICED, block.unspliced)):
                 if name not in grown:
                     grown[name] = NewCSR(into["layers"], name, adata.n_vars, np.int32)
-                grown[name].append(adata.layers[name])
+                grown[name].append(_measured(counts))
         for matrix in grown.values():
             matrix.close()
         cells = pd.concat(obs, ignore_index=True)
