@@ -90,8 +90,8 @@ def fit_on_disk(path: Path, output: Path, options: FitOptions, device: str = "cp
     """
     if options.report is not None:
         raise InputError(
-            f"Expected no report of cells that stay on the disk; got {options.report}. Leave it out, or make it of "
-            f"some of the cells of {output} (pyro-velo report)."
+            f"Expected no report of cells that stay on the disk; got {options.report}. Leave it out, or pass "
+            "--in-memory."
         )
     model, guide = recipes(options)
     check_bears_disk(model, guide)

@@ -402,7 +402,10 @@ def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
 def _check_bears_disk(path: Path, options: VAEOptions) -> None:
     """Raises `InputError` for what takes all cells at once, and for results that are in the file already."""
     if options.report is not None:
-        raise InputError(f"Expected no report of cells that stay on the disk; got {options.report}. Leave it out.")
+        raise InputError(
+            f"Expected no report of cells that stay on the disk; got {options.report}. Leave it out, or pass "
+            "--in-memory."
+        )
     with stored(path) as file:
         check_profile_results(file, overwrite=options.overwrite)
 

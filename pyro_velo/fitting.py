@@ -300,7 +300,7 @@ def check_bears_disk(model: Model, guide: Guide) -> None:
     if _one_clock(model) and isinstance(guide, Amortized) and isinstance(guide.rates, PerGene):
         raise InputError(
             "A shared clock and rates of the kind PerGene are coupled with the cells in memory; got cells on disk. "
-            "Read the file and fit that, or choose other rates (MeanField, LowRank)."
+            "Read the file and fit that (--in-memory), or choose other rates (MeanField, LowRank)."
         )
 
 
