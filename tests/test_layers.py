@@ -60,6 +60,8 @@ LAYER = {module: layer for layer, modules in LAYERS.items() for module in module
 """An entry covers the modules below it too, where they have no entry of their own."""
 
 SIDEWAYS = {
+    # What data sets in memory share.
+    ("profiles", "batch"),
     ("densities", "special"),
     ("densities", "compiled"),
     ("disk_profiles", "disk"),
