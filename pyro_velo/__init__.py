@@ -53,7 +53,9 @@ if TYPE_CHECKING:
     from pyro_velo.data.bridge import velocity_data as velocity_data
     from pyro_velo.data.digits import digits as digits
     from pyro_velo.data.downloads import mouse_brain as mouse_brain
+    from pyro_velo.data.on_disk import velocity_data_on_disk as velocity_data_on_disk
     from pyro_velo.data.profile_data import profile_data as profile_data
+    from pyro_velo.data.profiles_on_disk import profile_data_on_disk as profile_data_on_disk
     from pyro_velo.diagnosing import diagnose as diagnose
     from pyro_velo.diagnosis import Diagnosis as Diagnosis
     from pyro_velo.errors import InputError as InputError
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from pyro_velo.models.vae import VAE as VAE
     from pyro_velo.models.velocity import SwitchPenalty as SwitchPenalty
     from pyro_velo.models.velocity import VelocityModel as VelocityModel
+    from pyro_velo.preparing import prepare_file as prepare_file
     from pyro_velo.prior_draws import draw_from_prior as draw_from_prior
     from pyro_velo.priors import Centered as Centered
     from pyro_velo.priors import Priors as Priors
@@ -104,6 +107,7 @@ _MODULES = {"pl": "plots", "pp": "preprocess"} | {
     )
 }
 _NAMES = {
+    "prepare_file": "preparing",
     "project": "flow",
     "score": "api",
     "audit": "auditing",
@@ -118,11 +122,13 @@ _NAMES = {
     "read": "data",
     "to_anndata": "data",
     "velocity_data": "data.bridge",
+    "velocity_data_on_disk": "data.on_disk",
     "diagnose": "diagnosing",
     "Diagnosis": "diagnosis",
     "digits": "data.digits",
     "mouse_brain": "data.downloads",
     "profile_data": "data.profile_data",
+    "profile_data_on_disk": "data.profiles_on_disk",
     "InputError": "errors",
     "Fit": "fitting",
     "fit": "fitting",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +28,11 @@ from pyro_velo.data import (
 from pyro_velo.data.bridge import velocity_data
 from pyro_velo.data.checks import MAX_UNSPLICED_RATIO, NO_LIMIT
 from pyro_velo.data.covariates import design
+from pyro_velo.data.on_disk import velocity_data_on_disk
+from pyro_velo.data.results import check_results
+from pyro_velo.data.stored import is_large, stored
 from pyro_velo.errors import InputError
-from pyro_velo.fitting import Fit, fit, load
+from pyro_velo.fitting import Fit, check_bears_disk, fit, load
 from pyro_velo.flow import units_of_range
 from pyro_velo.guides import Amortized
 from pyro_velo.library import LIBRARIES
@@ -36,6 +40,7 @@ from pyro_velo.likelihoods import LIKELIHOODS
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.options import BASIS, COLOR, GRID, PARTS, Depth, FitOptions
 from pyro_velo.posterior import check_draws
+from pyro_velo.preparing import prepare_file
 from pyro_velo.priors import priors_from_text
 from pyro_velo.processes import dismiss, team
 from pyro_velo.rates import RATE_GUIDES
@@ -65,6 +70,8 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
     device = _device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.on_disk or (options.on_disk is None and is_large(path)):
+        return fit_on_disk(path, output, options, device)
     adata = read(path)
     check_output_keys(adata, overwrite=options.overwrite)
     check_writable(adata)
@@ -75,6 +82,65 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
     return fitted
 
 
+def fit_on_disk(path: Path, output: Path, options: FitOptions, device: str = "cpu") -> Fit:
+    """As `fit_file`, of a file whose cells stay on the disk, beside `output` while they are fitted.
+
+    A file that holds `Ms` and `Mu` is taken as prepared; any other is prepared beside `output`.
+
+    Raises `InputError` for a report, which looks at all cells at once.
+    """
+    if options.report is not None:
+        raise InputError(
+            f"Expected no report of cells that stay on the disk; got {options.report}. Leave it out, or pass "
+            "--in-memory."
+        )
+    model, guide = recipes(options)
+    check_bears_disk(model, guide)
+    training, folder = training_of(options), output.absolute().parent
+    names = (options.spliced_layer or keys.SPLICED, options.unspliced_layer or keys.UNSPLICED)
+    with stored(path) as file:
+        check_results(file, overwrite=options.overwrite)
+        design(file.tables(), options.batch_key, options.covariates)
+        prepared = options.as_is or {keys.MS, keys.MU} <= set(file.layers)
+    with TemporaryDirectory(prefix=f".{output.name}.", suffix=".prepared", dir=folder) as beside:
+        if not prepared:
+            prepare_file(path, Path(beside) / "prepared.h5ad", prepare_settings(options), layers=names)
+            path = Path(beside) / "prepared.h5ad"
+        data = velocity_data_on_disk(
+            path,
+            as_is=options.as_is,
+            counts=model.likelihood.counts,
+            layers=names if options.as_is else None,
+            batch_key=options.batch_key,
+            covariates=options.covariates,
+            device=device,
+            scratch=folder,
+            seed=options.seed,
+        )
+        if options.save is not None and team().leads:
+            note_parts(options.save, options)
+        fitted = fit(
+            model,
+            guide,
+            path,
+            seed=options.seed,
+            settings=training,
+            data=data,
+            save=options.save,
+            resume=options.resume,
+        )
+        dismiss()
+        fitted.write(output, draws=options.draws, overwrite=options.overwrite)
+    return fitted
+
+
+def prepare_settings(options: FitOptions) -> preprocess.PrepareSettings:
+    """How the options prepare counts."""
+    limit = NO_LIMIT if options.nuclei else MAX_UNSPLICED_RATIO
+    depth = options.depth or depth_for(options.likelihood)
+    return preprocess.PrepareSettings(seed=options.seed, max_unspliced_ratio=limit, depth=depth)
+
+
 def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
     """Prepare `adata` (unless as it is), fit what the options name, and write velocities, times and rates into it."""
     model, guide = recipes(options)
@@ -83,10 +149,7 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
     design(adata, options.batch_key, options.covariates)
     if not options.as_is:
         _rename_layers(adata, options)
-        limit = NO_LIMIT if options.nuclei else MAX_UNSPLICED_RATIO
-        depth = options.depth or depth_for(options.likelihood)
-        settings = preprocess.PrepareSettings(seed=options.seed, max_unspliced_ratio=limit, depth=depth)
-        preprocess.prepare(adata, settings)
+        preprocess.prepare(adata, prepare_settings(options))
     data = velocity_data(
         adata,
         as_is=options.as_is,

@@ -39,6 +39,10 @@ Covariates = Annotated[list[str] | None, typer.Option("--covariate", metavar="KE
 PriorTexts = Annotated[
     list[str] | None, typer.Option("--prior", metavar="'alpha=LogNormal(0, 1)'", help="Swap a prior.")
 ]
+OnDisk = Annotated[
+    bool | None,
+    typer.Option("--on-disk/--in-memory", help="Where cells stay. Default: by the file's size and the memory."),
+]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers here too.")]
 Clusters = Annotated[str, typer.Option(metavar="KEY", help="The obs column with the clusters.")]
 Basis = Annotated[str, typer.Option(help="The embedding, as in obsm['X_umap'].")]

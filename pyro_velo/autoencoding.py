@@ -20,6 +20,8 @@ from pyro_velo.cluster_sizes import SIZES
 from pyro_velo.clustering import TRAINING, Mixed, default_guide, fit_profiles
 from pyro_velo.data import check_output, check_writable, checked_labels, read, write_whole
 from pyro_velo.data.profile_data import ProfileData, check_profile_keys, cluster_names, profile_data, write_profiles
+from pyro_velo.data.profiles_on_disk import check_profile_results, profile_data_on_disk, profiles_file
+from pyro_velo.data.stored import is_large, stored
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import Evidence, evidence
 from pyro_velo.fitting import in_words
@@ -139,12 +141,22 @@ class ProfileFit:
         """How well the clusters agree with obs[`key`]; `InputError` for a column with missing labels."""
         return agreement(checked_labels(adata, key), self.cluster_probabilities().argmax(1))
 
-    def write(self, adata: AnnData, *, denoised: bool = False, overwrite: bool = False) -> None:
+    def write(self, adata: AnnData | str | Path, *, denoised: bool = False, overwrite: bool = False) -> None:
         """Write latent means, clusters and, if asked for, denoised profiles into `adata`; see `anndata_keys`.
+
+        Where the cells are on disk, `adata` is the path of a new file: a copy of the one that was fitted, with these in
+        it.
 
         Raises `InputError` where `adata` is not of the cells and genes that were fitted, or holds such keys already
         (unless `overwrite`).
         """
+        if isinstance(adata, (str, Path)):
+            with profiles_file(self.data, adata, about=self.about(), overwrite=overwrite) as into:
+                into.put(self.latent(), self.cluster_probabilities() if self.has_clusters else None)
+                if denoised:
+                    blocks = summaries.denoised_in_blocks(self.fitted, self.data.profiles, seed=self._seed)
+                    into.denoise(blocks, summaries.CELLS_AT_ONCE)
+            return
         check_profile_keys(adata, overwrite=overwrite)
         write_profiles(
             adata,
@@ -202,7 +214,7 @@ class ProfileFit:
 def vae(
     model: VAE | Mixed | None,
     guide: Guide | None,
-    adata: AnnData,
+    adata: AnnData | str | Path,
     *,
     seed: int = 0,
     settings: TrainSettings | None = None,
@@ -216,6 +228,7 @@ def vae(
 ) -> ProfileFit:
     """Fit an autoencoder (None: a `VAE` of negative binomial counts) to `adata`, which stays as it is.
 
+    `adata` may be the path of an `.h5ad` or `.zarr` file: its cells then stay on the disk (`profile_data_on_disk`).
     `data` says which matrix (see `data.profile_data.profile_data`; by default the counts in `X`); `settings` are by
     default `clustering.TRAINING`, with `seed` put in; `start` how a model with clusters starts. With `candidates` every
     number of clusters among them is fitted, and the held-out bound chooses; with `prune` the model is fitted with the
@@ -232,7 +245,7 @@ def vae(
     """
     model = model or VAE()
     guide = guide or default_guide(model)
-    data = data or profile_data(adata, counts=model.likelihood.counts)
+    data = data or _data_of(adata, seed, counts=model.likelihood.counts)
     wanted, start = replace(settings or TRAINING, seed=seed), start or StartSettings()
     save = save if team().leads else None
     stages = _stages(save, resume, _describe(data, model, guide) | {"start": asdict(start)})
@@ -274,7 +287,7 @@ def _stages(save: str | Path | None, resume: str | Path | None, about: dict[str,
 
 def load_vae(
     folder: str | Path,
-    adata: AnnData,
+    adata: AnnData | str | Path,
     *,
     model: VAE | Mixed | None = None,
     guide: Guide | None = None,
@@ -295,7 +308,7 @@ def load_vae(
     if about.get("kind") != KIND:
         raise InputError(f"Expected an autoencoder in {folder}; got a fit of another kind. Load velocities by pv.load.")
     model, guide = (_part(name, given, about, folder) for name, given in (("model", model), ("guide", guide)))
-    data = profile_data(adata, **about["data"], device=device)
+    data = _data_of(adata, training.settings.seed, **about["data"], device=device)
     found = _describe(data, model, guide)
     compared = {"recipe": "model and guide", "n_cells": "cells", "genes": "genes", "labels": "labels"}
     for name, what in {**compared, "checksum": "numbers"}.items():
@@ -305,6 +318,13 @@ def load_vae(
     number = None if about["number"] is None else NumberOfClusters.of(about["number"], fitted)
     start = None if about["start"] is None else StartSettings(**about["start"])
     return ProfileFit(fitted, data, model, guide, number, start)
+
+
+def _data_of(adata: AnnData | str | Path, seed: int, **options: Any) -> ProfileData:
+    """What is fitted, of an AnnData, or of a file whose cells stay on the disk."""
+    if isinstance(adata, (str, Path)):
+        return profile_data_on_disk(adata, seed=seed, **options)
+    return profile_data(adata, **options)
 
 
 def _part(name: str, given: Any, about: dict[str, Any], folder: str | Path) -> Any:
@@ -347,19 +367,24 @@ def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
         check_folder(options.save, overwrite=options.overwrite or options.save == options.resume)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    adata = read(path)
-    check_profile_keys(adata, overwrite=options.overwrite)
-    check_writable(adata)
     model, candidates = recipe(options)
-    data = profile_data(
-        adata,
-        layer=options.layer,
-        counts=model.likelihood.counts,
-        depth=options.depth,
-        condition_key=options.condition_key,
-        covariates=options.covariates,
-        label_key=options.label_key,
-    )
+    how: dict[str, Any] = {
+        "layer": options.layer,
+        "counts": model.likelihood.counts,
+        "depth": options.depth,
+        "condition_key": options.condition_key,
+        "covariates": options.covariates,
+        "label_key": options.label_key,
+    }
+    on_disk = options.on_disk or (options.on_disk is None and is_large(path))
+    adata: Any = path if on_disk else read(path)
+    if on_disk:
+        _check_bears_disk(path, options)
+        data = profile_data_on_disk(path, **how, scratch=output.absolute().parent, seed=options.seed)
+    else:
+        check_profile_keys(adata, overwrite=options.overwrite)
+        check_writable(adata)
+        data = profile_data(adata, **how)
     given = {"max_epochs": options.max_epochs, "batch_size": options.batch_size}
     training = replace(TRAINING, **{name: value for name, value in given.items() if value is not None})
     fit = vae(
@@ -367,13 +392,26 @@ def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
         candidates=candidates, prune=options.prune, data=data, save=options.save, resume=options.resume,
     )  # fmt: skip
     dismiss()
-    fit.write(adata, denoised=options.denoised, overwrite=options.overwrite)
+    fit.write(output if on_disk else adata, denoised=options.denoised, overwrite=options.overwrite)
+    if on_disk:
+        return fit
     write_whole(adata, output, options.overwrite)
     if options.report is not None:
         from pyro_velo.profile_report import profile_report
 
         profile_report(adata, options.report)
     return fit
+
+
+def _check_bears_disk(path: Path, options: VAEOptions) -> None:
+    """Raises `InputError` for what takes all cells at once, and for results that are in the file already."""
+    if options.report is not None:
+        raise InputError(
+            f"Expected no report of cells that stay on the disk; got {options.report}. Leave it out, or pass "
+            "--in-memory."
+        )
+    with stored(path) as file:
+        check_profile_results(file, overwrite=options.overwrite)
 
 
 def recipe(options: VAEOptions) -> tuple[VAE | Mixed, Sequence[int] | None]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Minibatch(Protocol):
 
 
 class Data(Protocol):
-    """What the loop and the scores ask of a data set, which is resident on one device."""
+    """What the loop and the scores ask of a data set, whether it is resident on one device or read from a disk."""
 
     def __len__(self) -> int:
         """The number of cells."""
@@ -48,11 +49,50 @@ class Data(Protocol):
     def device(self) -> torch.device:
         """Where it is."""
 
+    @property
+    def sample(self) -> Any:
+        """Cells that are resident, which models read their start values off: all of them, or some at random."""
+
+    def shuffled(self, index: Tensor) -> Tensor:
+        """The cells at `index` in an order for one epoch, drawn from torch's generator."""
+
     def batch(self, index: Tensor, n_cells: int | None = None) -> Minibatch:
         """The cells at `index` (B,); `n_cells` is what the batch stands for (all cells, if not said)."""
 
+    def read(self, parts: Sequence[Tensor], n_cells: int | None = None) -> Iterator[Minibatch]:
+        """A batch of the cells at each of `parts`, one after the other."""
+
     def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[Minibatch]:
         """The cells at `index`, in that order, `size` at a time; the last batch may be smaller."""
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Minibatch)
+
+
+class Resident(ABC, Generic[AnyBatch]):
+    """A data set in memory: it can be looked at as a whole, and any order of its cells costs the same."""
+
+    @abstractmethod
+    def batch(self, index: Tensor, n_cells: int | None = None) -> AnyBatch:
+        """The cells at `index` (B,); `n_cells` is what the batch stands for (all cells, if not said)."""
+
+    @property
+    def sample(self) -> Self:
+        """Where models read their start values: all cells."""
+        return self
+
+    def shuffled(self, index: Tensor) -> Tensor:
+        """The cells at `index` in any order, drawn from torch's generator."""
+        return index[torch.randperm(len(index))]
+
+    def read(self, parts: Sequence[Tensor], n_cells: int | None = None) -> Iterator[AnyBatch]:
+        """A batch of the cells at each of `parts`, one after the other."""
+        for part in parts:
+            yield self.batch(part, n_cells)
+
+    def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[AnyBatch]:
+        """The cells at `index`, in that order, `size` at a time; the last batch may be smaller."""
+        yield from self.read(index.split(size), n_cells)
 
 
 class Molecules:
@@ -132,7 +172,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Cells(Molecules):
+class Cells(Molecules, Resident[Batch]):
     """A data set that is resident on one device: `molecules` (2, N, G), unspliced and spliced.
 
     A batch is an index slice of it, so nothing is copied but the cells that are asked for. `counts` is there where the
@@ -181,10 +221,16 @@ class Cells(Molecules):
     def in_group(self, group: int, columns: slice) -> Cells:
         """The same cells as if all were of one experimental batch, whose one-hot stands in `columns` of covariates."""
         assert self.covariates is not None and self.group is not None
-        covariates = self.covariates.clone()
-        covariates[:, columns] = 0
-        covariates[:, columns.start + group] = 1
+        covariates = one_level(self.covariates, columns, group)
         return replace(self, covariates=covariates, group=torch.full_like(self.group, group))
+
+    def among(self, index: Tensor) -> Cells:
+        """The cells at `index` (B,) alone, as a data set of their own."""
+        some, counts = self.batch(index), self.counts
+        if counts is not None and some.size_factors is not None:
+            counts = replace(counts, size_factors=some.size_factors, scaled=counts.scaled.index_select(1, index))
+        order = None if self.order is None else self.order[index]
+        return Cells(some.molecules, self.ratio, counts, some.covariates, some.group, self.n_groups, order)
 
     def batch(self, index: Tensor, n_cells: int | None = None) -> Batch:
         """The cells at `index` (B,); `n_cells` is what the batch stands for (all cells, if not said)."""
@@ -197,7 +243,10 @@ class Cells(Molecules):
             None if self.group is None else self.group[index],
         )
 
-    def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[Batch]:
-        """The cells at `index`, in that order, `size` at a time; the last batch may be smaller."""
-        for part in index.split(size):
-            yield self.batch(part, n_cells)
+
+def one_level(covariates: Tensor, columns: slice, level: int) -> Tensor:
+    """Covariates (N, C) of which those in `columns`, a one-hot, say that every cell is of the same level."""
+    found = covariates.clone()
+    found[:, columns] = 0
+    found[:, columns.start + level] = 1
+    return found

@@ -129,10 +129,10 @@ def coverage_of(
     """
     check_draws(draws)
     check_same(adata, fit.data)
-    truth, unit = truth_of(adata, fit.data.genes), fit.data.scaling.s_unit
+    truth, unit, cells = truth_of(adata, fit.data.genes), fit.data.scaling.s_unit, fit.data.resident
     seed = fit.fitted.training.settings.seed
     record = measure(
-        fit.fitted, fit.data.cells, truth, draws=draws, seed=seed, over_states=over_states, unit=unit, progress=progress
+        fit.fitted, cells, truth, draws=draws, seed=seed, over_states=over_states, unit=unit, progress=progress
     )
     return Calibration((record,), draws, UNITS, fit.about(draws, over_states))
 

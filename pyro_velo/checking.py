@@ -102,9 +102,9 @@ def unexplained_genes(
     check_same(adata, fit.data)
     check_key(adata, "obsp", "distances")
     limits = limits or Limits()
-    check = check or predictive_check(fit.fitted, fit.data.cells, draws=draws)
+    check = check or predictive_check(fit.fitted, fit.data.resident, draws=draws)
     posterior = fit.posterior(draws=draws)
-    measured, cells = fit.data.cells.scaled.double().cpu().numpy(), fit.data.cells
+    measured, cells = fit.data.resident.scaled.double().cpu().numpy(), fit.data.resident
     ratio = np.broadcast_to(np.asarray(cells.ratio, dtype=np.float64), cells.n_genes)
     observed = np.stack((measured[0] * ratio, measured[1]))
     fitted = np.stack((posterior.u, posterior.s)).astype(np.float64)

@@ -31,6 +31,7 @@ from pyro_velo.arguments import (
     Library,
     Likelihood,
     MaxEpochs,
+    OnDisk,
     Overwrite,
     PriorTexts,
     Rates,
@@ -176,6 +177,7 @@ def fit(
     free_bits: Annotated[
         float | None, typer.Option(metavar="NATS", help="KL that a latent dimension has for free. Default: 0.")
     ] = None,
+    on_disk: OnDisk = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit velocities, times and rates with their uncertainty."""
@@ -209,9 +211,12 @@ def fit(
         beta=beta,
         kl_cycles=kl_cycles,
         free_bits=free_bits,
+        on_disk=on_disk,
     )
-    say_if_interrupted(api.fit_file(data, output, options))
-    typer.echo(f"Wrote {output}" if report is None else f"Wrote {output} and {report}")
+    fitted = api.fit_file(data, output, options)
+    say_if_interrupted(fitted)
+    kept = "" if fitted.data.source is None else " (cells on disk)"
+    typer.echo(f"Wrote {output}{kept}" if report is None else f"Wrote {output} and {report}")
 
 
 @app.command()

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyro_velo.clustering import TRAINING, Mixed, Started
+from pyro_velo.disk_profiles import AnyProfiles
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import Evidence, evidence
 from pyro_velo.models.base import Guide
-from pyro_velo.profiles import Profiles
 from pyro_velo.stages import Stages
 from pyro_velo.starts import StartSettings
 from pyro_velo.train import Fitted, TrainSettings
@@ -61,7 +61,7 @@ class NumberOfClusters:
 def choose_clusters(
     model: Mixed,
     guide: Guide | None,
-    cells: Profiles,
+    cells: AnyProfiles,
     candidates: Sequence[int] = tuple(range(1, 11)),
     *,
     settings: TrainSettings | None = None,

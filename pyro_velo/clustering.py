@@ -18,6 +18,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyro_velo.communities import spread
+from pyro_velo.disk_profiles import AnyProfiles, DiskProfiles
 from pyro_velo.encoders import Encoder, PerCluster
 from pyro_velo.errors import InputError
 from pyro_velo.latent import latent_means
@@ -52,7 +53,7 @@ def default_guide(model: Model) -> Encoder | PerCluster:
 def fit_profiles(
     model: VAE | Mixed,
     guide: Guide | None,
-    cells: Profiles,
+    cells: AnyProfiles,
     *,
     settings: TrainSettings | None = None,
     start: StartSettings | None = None,
@@ -78,7 +79,7 @@ def fit_profiles(
 class Started:
     """A short VAE of some cells, from which fits with any number of clusters can go on."""
 
-    cells: Profiles
+    cells: AnyProfiles
     vae: Fitted
     z: Array
     guide: Encoder | PerCluster
@@ -94,7 +95,7 @@ class Started:
         cls,
         model: Mixed,
         guide: Guide | None,
-        cells: Profiles,
+        cells: AnyProfiles,
         *,
         settings: TrainSettings,
         start: StartSettings,
@@ -113,7 +114,14 @@ class Started:
         short, stages = replace(settings, max_steps=start.vae_steps), stages or Stages()
         encoder = Encoder(guide.hidden)
         fitted = stages.train("vae", vae, encoder, cells, settings=short, elbo=elbo_for(vae), progress=progress)
-        view = view_of(cells, settings.seed) if start.neighbours and cells.covariates is None else None
+        if start.neighbours and isinstance(cells, DiskProfiles):
+            raise InputError(
+                f"Expected neighbours=0 for cells that stay on the disk; got {start.neighbours}: a graph takes all of "
+                "them in memory. Leave it out, or read the file and fit that."
+            )
+        view = None
+        if start.neighbours and isinstance(cells, Profiles) and cells.covariates is None:
+            view = view_of(cells, settings.seed)
         return cls(cells, fitted, latent_means(fitted, cells), guide, settings, start, stages, progress, view)
 
     def fit(self, model: Mixed) -> Fitted:
@@ -155,7 +163,7 @@ class Started:
         labels = self.cells.labels
         return None if labels is None else labels.cpu().numpy()
 
-    def _taught(self, n_clusters: int) -> Profiles:
+    def _taught(self, n_clusters: int) -> AnyProfiles:
         """The cells, the surest of which have the label that reached them."""
         labels = self._labels()
         if labels is None or not self.start.sure or not self.start.neighbours:

@@ -15,6 +15,7 @@ from pyro_velo.batch import Data
 from pyro_velo.clustering import elbo_for
 from pyro_velo.data import check_output, whole
 from pyro_velo.diagnosis import Diagnosis, Parts
+from pyro_velo.disk_profiles import AnyProfiles
 from pyro_velo.doctor import sample
 from pyro_velo.doctor.balance import balance
 from pyro_velo.doctor.collapse import Collapse, collapse, state_use
@@ -27,7 +28,6 @@ from pyro_velo.errors import InputError
 from pyro_velo.fitting import Fit, check_recipe, in_words
 from pyro_velo.forensics import NonFiniteError
 from pyro_velo.options import FitOptions
-from pyro_velo.profiles import Profiles
 from pyro_velo.train import Fitted, split
 
 AUTOENCODERS = tuple(MODELS.values())
@@ -87,7 +87,7 @@ def measured(fitted: Fitted, cells: Data, parts: Parts, *, noise: float | None =
         noise_ratio=noise,
         told_weight=told.weight,
         told_error=told.error,
-        kinetic=not isinstance(cells, Profiles),
+        kinetic=not isinstance(cells, AnyProfiles),
         dead_states=math.nan if parts.states is None else float(parts.states.dead.mean()),
         **_of_latent(parts.collapse),
         **_of_bound(parts.tightness),

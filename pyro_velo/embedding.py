@@ -9,6 +9,8 @@ probabilities and their projection).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -110,15 +112,52 @@ def cosine_correlations(
         raise InputError(
             f"Expected a graph of {len(v)} cells, as the velocity has; got {graph.shape[0]}. Use the same cells."
         )
-    v -= v.mean(axis=1, keepdims=True)
     x -= x.mean(axis=1, keepdims=True)
-    v /= _positive(np.linalg.norm(v, axis=1, keepdims=True))
-    values = np.zeros(graph.nnz)
-    for i, (start, stop) in enumerate(zip(graph.indptr[:-1], graph.indptr[1:], strict=True)):
-        step = x[graph.indices[start:stop]] - x[i]
-        values[start:stop] = step @ v[i] / _positive(np.sqrt(np.einsum("ij,ij->i", step, step)))
-    np.clip(values, -1, 1, out=values)
+    values = _cosines(_centred(v), x, np.arange(len(x)), graph.indptr, graph.indices)
     return sparse.csr_matrix((values, graph.indices, graph.indptr), shape=graph.shape)
+
+
+def cosine_correlations_in_blocks(
+    velocity: Callable[[int, int], Array],
+    expression: Callable[[NDArray[np.int64]], Array],
+    neighbours: sparse.spmatrix | sparse.sparray,
+    *,
+    size: int,
+    steps: int = 1,
+) -> sparse.csr_matrix:
+    """As `cosine_correlations`, of `size` cells at a time, whose numbers need not be in memory together.
+
+    `velocity(start, stop)` gives those of some cells (B, genes), `expression(numbers)` that of any, (B, genes), both
+    float64 and finite.
+    """
+    graph = neighbourhoods(neighbours, steps)
+    values = np.zeros(graph.nnz)
+    for start in range(0, graph.shape[0], size):
+        stop = min(start + size, graph.shape[0])
+        first, last = graph.indptr[start], graph.indptr[stop]
+        near, place = np.unique(
+            np.concatenate((graph.indices[first:last], np.arange(start, stop))), return_inverse=True
+        )
+        x = expression(near)
+        x -= x.mean(axis=1, keepdims=True)
+        v, indptr = _centred(velocity(start, stop)), graph.indptr[start : stop + 1] - first
+        values[first:last] = _cosines(v, x, place[last - first :], indptr, place[: last - first])
+    return sparse.csr_matrix((values, graph.indices, graph.indptr), shape=graph.shape)
+
+
+def _centred(v: Array) -> Array:
+    """Rows less their mean, of length one."""
+    v = v - v.mean(axis=1, keepdims=True)
+    return v / _positive(np.linalg.norm(v, axis=1, keepdims=True))
+
+
+def _cosines(v: Array, x: Array, own: NDArray, indptr: NDArray, indices: NDArray) -> Array:
+    """The correlation of each row of `v` with the steps from row `own` of `x` to the rows at its `indices`."""
+    values = np.zeros(len(indices))
+    for i, (start, stop) in enumerate(pairwise(indptr)):
+        step = x[indices[start:stop]] - x[own[i]]
+        values[start:stop] = step @ v[i] / _positive(np.sqrt(np.einsum("ij,ij->i", step, step)))
+    return np.clip(values, -1, 1)
 
 
 def potential(cosines: sparse.spmatrix | sparse.sparray) -> Array:
@@ -161,7 +200,13 @@ def transition_matrix(
 
     Shapes as in `cosine_correlations`; `scale` is sigma. Returns (cells, cells) csr.
     """
-    cosines = cosine_correlations(velocity, expression, neighbours, steps=steps)
+    return transitions_of(
+        cosine_correlations(velocity, expression, neighbours, steps=steps), scale=scale, signed=signed
+    )
+
+
+def transitions_of(cosines: sparse.csr_matrix, *, scale: float = 10.0, signed: bool = True) -> sparse.csr_matrix:
+    """The transition matrix of `cosine_correlations`, see `transition_matrix`."""
     best = np.maximum(cosines.max(axis=1).toarray().ravel(), 0)
     stay = np.clip(np.percentile(best, SELF_CONFIDENCE_PERCENTILE) - best, 0, 1)
     weights = cosines.copy()

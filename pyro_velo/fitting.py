@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from pyro.infer import ELBO
 
 from pyro_velo import checkpoint
-from pyro_velo.batch import Cells
 from pyro_velo.coupling import couple
 from pyro_velo.data.bridge import VelocityData, check_same, velocity_data, write_posterior
 from pyro_velo.data.checks import check_output_keys
+from pyro_velo.data.on_disk import velocity_data_on_disk
+from pyro_velo.disk import AnyCells, DiskCells
 from pyro_velo.doctor import sample
 from pyro_velo.errors import InputError
 from pyro_velo.flow import order_before_a_fit, summarise_cells
@@ -29,9 +30,11 @@ from pyro_velo.models.base import Model
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.posterior import Draws, OverStates, Posterior, stream, summarise
 from pyro_velo.processes import team
+from pyro_velo.rates import PerGene
 from pyro_velo.refinement import refine
 from pyro_velo.train import Fitted, Guide, OnEvaluation, Training, TrainSettings, restore, train
 from pyro_velo.version import __version__
+from pyro_velo.writing import write_file
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -98,25 +101,46 @@ class Fit:
         seed = self.fitted.training.settings.seed
         stream(self.fitted, self.data.cells, scaled, draws=draws, over_states=over_states, seed=seed, progress=progress)
 
-    def _in_batch(self, batch: str) -> Cells:
+    def _in_batch(self, batch: str) -> AnyCells:
         design = self.data.design
         if design is None or design.batch_key is None:
             raise InputError(f"Batch {batch!r} is unknown, because the fit has no batch key; expected one.")
         return self.data.cells.in_group(design.number_of(batch), design.columns[design.batch_key])
 
     def write(
-        self, adata: AnnData, *, draws: int = 100, over_states: OverStates = "expected", overwrite: bool = False
+        self,
+        adata: AnnData | str | Path,
+        *,
+        draws: int = 100,
+        over_states: OverStates = "expected",
+        overwrite: bool = False,
     ) -> None:
         """Write velocities, times and rates, each with its uncertainty, into `adata` under the keys of `anndata_keys`.
+
+        Where the cells are on disk, `adata` is the path of a new file, `.h5ad` or `.zarr`: a copy of the one that was
+        fitted, with the results in it (see `writing.write_file`).
 
         Raises `InputError` where `adata` is not of the cells and genes that were fitted, or holds a fit already (unless
         `overwrite`).
         """
+        one_clock = _one_clock(getattr(self.fitted.program, "recipe", None))
+        if isinstance(adata, (str, Path)):
+            write_file(
+                self.fitted,
+                self.data,
+                adata,
+                about=self.about(draws, over_states),
+                shared_clock=one_clock,
+                draws=draws,
+                over_states=over_states,
+                overwrite=overwrite,
+            )
+            return
         check_same(adata, self.data)
         check_output_keys(adata, overwrite=overwrite)
         posterior = self.posterior(draws=draws, over_states=over_states)
         write_posterior(adata, self.data, posterior, about=self.about(draws, over_states))
-        summarise_cells(adata, shared_clock=_one_clock(getattr(self.fitted.program, "recipe", None)))
+        summarise_cells(adata, shared_clock=one_clock)
 
     def about(self, draws: int, over_states: str) -> dict[str, Any]:
         """Everything needed to say how the numbers were made."""
@@ -155,7 +179,7 @@ class Fit:
 def fit(
     model: Model | None,
     guide: Guide | None,
-    adata: AnnData,
+    adata: AnnData | str | Path,
     *,
     seed: int = 0,
     settings: TrainSettings | None = None,
@@ -167,6 +191,8 @@ def fit(
     progress: bool | None = None,
 ) -> Fit:
     """Fit `model` with `guide` (None: the defaults) to the smoothed layers of `adata`, which stays as it is.
+
+    `adata` may be the path of an `.h5ad` or `.zarr` file: its cells then stay on the disk (`velocity_data_on_disk`).
 
     `settings` is a `TrainSettings`, with `seed` put in; `data` says which layers (see `velocity_data`; by default `Ms`
     and `Mu`), `elbo` is any of Pyro's (default `Trace_ELBO`), `save` a folder for a checkpoint after every look at the
@@ -180,8 +206,10 @@ def fit(
     fit.
     """
     model, guide = model or VelocityModel(), guide or Amortized()
-    data = data or velocity_data(adata, counts=_counts(model))
+    data = data or _data_of(adata, seed, counts=_counts(model))
     check_suits(model, data)
+    if isinstance(data.cells, DiskCells):
+        check_bears_disk(model, guide)
     data = _in_order(model, data, adata)
     recipe = in_words(model, guide)
     wanted = replace(settings or TrainSettings(), seed=seed)
@@ -216,32 +244,66 @@ def fit(
             checkpoint.note_failure(named, save)
         raise named from None
     if leads and not fitted.interrupted:
-        fitted = couple(fitted, data.cells, seed=seed, progress=progress)
+        fitted = _coupled(fitted, data, seed=seed, progress=progress)
     if save:
         sample.save(fitted, data.cells, save, about=about)
     return Fit(fitted, data, recipe)
 
 
-def load(folder: str | Path, model: Model | None, guide: Guide | None, adata: AnnData, **layers: Any) -> Fit:
+def load(
+    folder: str | Path, model: Model | None, guide: Guide | None, adata: AnnData | str | Path, **layers: Any
+) -> Fit:
     """The fit that `Fit.save` or `fit(save=...)` left in a folder, with its best parameters; nothing is trained.
 
-    `model`, `guide` and `adata` must be those of the fit, `layers` what `velocity_data` was told.
+    `model`, `guide` and `adata` must be those of the fit, `layers` what `velocity_data` was told (or
+    `velocity_data_on_disk`, where `adata` is a path).
     Raises `InputError` where there is no such fit, or it is of other genes or another model.
     """
     model, guide = model or VelocityModel(), guide or Amortized()
-    data = _in_order(model, velocity_data(adata, counts=_counts(model), **layers), adata)
+    seed = checkpoint.load(folder)[0].settings.seed
+    data = _in_order(model, _data_of(adata, seed, counts=_counts(model), **layers), adata)
+    if isinstance(data.cells, DiskCells):
+        check_bears_disk(model, guide)
     recipe = in_words(model, guide)
     training = _resumed(folder, data, recipe)
     fitted = restore(model, guide, data.cells, training)
-    return Fit(couple(fitted, data.cells, seed=training.settings.seed), data, recipe)
+    return Fit(_coupled(fitted, data, seed=seed), data, recipe)
 
 
-def _in_order(model: Model, data: VelocityData, adata: AnnData) -> VelocityData:
-    """The same data; where genes share a clock, with the cells' order before a fit."""
-    if not _one_clock(model) or data.cells.order is not None:
+def _data_of(adata: AnnData | str | Path, seed: int, **options: Any) -> VelocityData:
+    """What is fitted, of an AnnData, or of a file whose cells stay on the disk."""
+    if isinstance(adata, (str, Path)):
+        return velocity_data_on_disk(adata, seed=seed, **options)
+    return velocity_data(adata, **options)
+
+
+def _in_order(model: Model, data: VelocityData, adata: AnnData | str | Path) -> VelocityData:
+    """The same data; where genes share a clock, with the cells' order before a fit.
+
+    Cells on disk start where each stands by its own phase portraits.
+    """
+    if isinstance(data.cells, DiskCells) or isinstance(adata, (str, Path)) or not _one_clock(model):
+        return data
+    if data.cells.order is not None:
         return data
     order = order_before_a_fit(data.cells, adata.obsp.get("distances"))
     return replace(data, cells=replace(data.cells, order=order))
+
+
+def _coupled(fitted: Fitted, data: VelocityData, *, seed: int, progress: bool | None = None) -> Fitted:
+    """The fit with rates and clock coupled, where they can be."""
+    if isinstance(data.cells, DiskCells):
+        return fitted
+    return couple(fitted, data.cells, seed=seed, progress=progress)
+
+
+def check_bears_disk(model: Model, guide: Guide) -> None:
+    """Raises `InputError` for a clock and rates that a fit ends by coupling, which takes cells in memory."""
+    if _one_clock(model) and isinstance(guide, Amortized) and isinstance(guide.rates, PerGene):
+        raise InputError(
+            "A shared clock and rates of the kind PerGene are coupled with the cells in memory; got cells on disk. "
+            "Read the file and fit that (--in-memory), or choose other rates (MeanField, LowRank)."
+        )
 
 
 def _counts(model: Model) -> bool:

@@ -166,7 +166,7 @@ def _streamed(
     fit: Fit, draws: int, over_states: OverStates, progress: bool | None
 ) -> tuple[Stream, NDArray[np.float32], NDArray[np.float64]]:
     """The velocities and the expression of the fitted genes in units of the model, and each gene's range in them."""
-    expression = fit.data.cells.scaled[1].cpu().numpy()
+    expression = fit.data.resident.scaled[1].cpu().numpy()
     unit, _ = in_units_of_range(np.ones((1, expression.shape[1])), expression)
 
     def stream(receive: Receiver) -> None:

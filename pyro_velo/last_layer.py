@@ -20,8 +20,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_velo.disk_profiles import AnyProfiles
 from pyro_velo.models.decoding import Decoding
-from pyro_velo.profiles import ProfileBatch, Profiles
+from pyro_velo.profiles import ProfileBatch
 from pyro_velo.train import Fitted, split
 
 FEATURES = 50
@@ -45,7 +46,7 @@ class LastLayer:
     root: Tensor
 
     @classmethod
-    def of(cls, fitted: Fitted, cells: Profiles, *, seed: int = 0) -> LastLayer:
+    def of(cls, fitted: Fitted, cells: AnyProfiles, *, seed: int = 0) -> LastLayer:
         """What `cells`, on which the fit was trained but for those held out, say of each gene's weights."""
         settings = fitted.training.settings
         # In random order.

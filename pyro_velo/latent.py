@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from pyro import poutine
 from torch import Tensor
 
+from pyro_velo.disk_profiles import AnyProfiles
 from pyro_velo.encoders import PerClusterProgram
 from pyro_velo.errors import InputError
 from pyro_velo.last_layer import LastLayer
-from pyro_velo.profiles import ProfileBatch, Profiles
+from pyro_velo.profiles import ProfileBatch
 from pyro_velo.train import Fitted
 
 Array = NDArray[np.float64]
@@ -38,18 +39,18 @@ class Interval(NamedTuple):
 
 
 @contextmanager
-def _apart(fitted: Fitted, cells: Profiles, seed: int) -> Iterator[None]:
+def _apart(fitted: Fitted, cells: AnyProfiles, seed: int) -> Iterator[None]:
     noise = torch.random.fork_rng([cells.device] if cells.device.type == "cuda" else [])
     with fitted.parameters(), pyro.validation_enabled(False), noise, torch.no_grad():
         torch.manual_seed(seed)
         yield
 
 
-def _batches(cells: Profiles, size: int = CELLS_AT_ONCE) -> Iterator[ProfileBatch]:
+def _batches(cells: AnyProfiles, size: int = CELLS_AT_ONCE) -> Iterator[ProfileBatch]:
     yield from cells.batches(torch.arange(len(cells), device=cells.device), size)
 
 
-def latent_means(fitted: Fitted, cells: Profiles) -> Array:
+def latent_means(fitted: Fitted, cells: AnyProfiles) -> Array:
     """E[z] of each cell, (N, d), as the encoder has it."""
     with _apart(fitted, cells, 0):
         found = [_encoded(fitted, batch) for batch in _batches(cells)]
@@ -62,7 +63,7 @@ def _encoded(fitted: Fitted, batch: ProfileBatch) -> Tensor:
     return poutine.trace(fitted.guide).get_trace(batch).nodes["z"]["fn"].mean.squeeze(-2)
 
 
-def cluster_probabilities(fitted: Fitted, cells: Profiles, *, draws: int = DRAWS, seed: int = 0) -> Array:
+def cluster_probabilities(fitted: Fitted, cells: AnyProfiles, *, draws: int = DRAWS, seed: int = 0) -> Array:
     """E[q(y | z)] of each cell over its posterior of z, (N, K); a cell's known label is no part of it.
 
     Raises `InputError` for a model without clusters.
@@ -78,19 +79,24 @@ def cluster_probabilities(fitted: Fitted, cells: Profiles, *, draws: int = DRAWS
     return torch.cat(found).cpu().numpy().astype(np.float64)
 
 
-def denoised(fitted: Fitted, cells: Profiles, *, draws: int = DRAWS, seed: int = 0) -> NDArray[np.float32]:
+def denoised(fitted: Fitted, cells: AnyProfiles, *, draws: int = DRAWS, seed: int = 0) -> NDArray[np.float32]:
     """The posterior mean of each cell's profile, (N, G): counts at the median depth, shares where x is on or off."""
+    return np.concatenate(list(denoised_in_blocks(fitted, cells, draws=draws, seed=seed)))
+
+
+def denoised_in_blocks(
+    fitted: Fitted, cells: AnyProfiles, *, draws: int = DRAWS, seed: int = 0
+) -> Iterator[NDArray[np.float32]]:
+    """As `denoised`, `CELLS_AT_ONCE` cells at a time, in their order."""
     with _apart(fitted, cells, seed):
-        found = [
-            _mean(_draws(fitted, batch, _at_median_depth(batch), [_profile_of(fitted)] * draws))
-            for batch in _batches(cells)
-        ]
-    return torch.cat(found).cpu().numpy()
+        for batch in _batches(cells):
+            looks = [_profile_of(fitted)] * draws
+            yield _mean(_draws(fitted, batch, _at_median_depth(batch), looks)).cpu().numpy()
 
 
 def converted(
     fitted: Fitted,
-    cells: Profiles,
+    cells: AnyProfiles,
     covariates: Tensor,
     *,
     last_layer: LastLayer | None = None,

@@ -23,12 +23,12 @@ from pyro_velo.assignments import Exact
 from pyro_velo.cluster_number import NumberOfClusters, judged
 from pyro_velo.cluster_sizes import Given, inverse_softplus
 from pyro_velo.clustering import TRAINING, Mixed, default_guide, fit_profiles
+from pyro_velo.disk_profiles import AnyProfiles
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import Evidence, evidence
 from pyro_velo.latent import cluster_probabilities
 from pyro_velo.models.base import Guide
 from pyro_velo.moments import as_one, nearest
-from pyro_velo.profiles import Profiles
 from pyro_velo.stages import Stages
 from pyro_velo.starts import StartSettings
 from pyro_velo.train import Fitted, TrainSettings, restore
@@ -43,7 +43,7 @@ LOGITS, CONCENTRATIONS = "sizes$$$logits", "sizes$$$outputs"
 def prune_clusters(
     model: Mixed,
     guide: Guide | None,
-    cells: Profiles,
+    cells: AnyProfiles,
     *,
     settings: TrainSettings | None = None,
     start: StartSettings | None = None,
@@ -74,7 +74,7 @@ def prune_clusters(
     return judged({k: _of_its_own(each, scores[k]) for k, each in fits.items()}, scores)
 
 
-def _check(model: Mixed, cells: Profiles) -> None:
+def _check(model: Mixed, cells: AnyProfiles) -> None:
     wrong = {
         "no labels, which say what clusters are": cells.labels is not None,
         "sizes that are not given": isinstance(model.sizes, Given),
@@ -87,7 +87,7 @@ def _check(model: Mixed, cells: Profiles) -> None:
             )
 
 
-def _fewer(fitted: Fitted, model: Mixed, guide: Guide, cells: Profiles, shares: Array) -> tuple[Array, Fitted]:
+def _fewer(fitted: Fitted, model: Mixed, guide: Guide, cells: AnyProfiles, shares: Array) -> tuple[Array, Fitted]:
     """The fit with its nearest two clusters as one, which comes last; and the cells' shares then."""
     values = fitted.training.best
     shift, stretch = _style_at_rest(fitted, values)

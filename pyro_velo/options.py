@@ -36,7 +36,8 @@ class FitOptions:
     `as_is` skips the preprocessing; `nuclei` lets unspliced counts exceed spliced ones by any factor; `draws` counts
     posterior draws, two at least; `depth` is by default "neighbours" for counts and else "total"; `priors` are written
     as `alpha=LogNormal(0, 1)`; `save` and `resume` are folders of checkpoints; `report` is an HTML file; `overwrite`
-    allows output files and keys that exist. `beta`, `kl_cycles` and `free_bits` are `TrainSettings`' own (`cycles`).
+    allows output files and keys that exist. `on_disk` leaves cells in their file; by default those of a file that would
+    take more than half of the free memory. `beta`, `kl_cycles` and `free_bits` are `TrainSettings`' own (`cycles`).
     """
 
     as_is: bool = False
@@ -66,6 +67,7 @@ class FitOptions:
     beta: float | None = None
     kl_cycles: int | None = None
     free_bits: float | None = None
+    on_disk: bool | None = None
 
 
 VAEModelName = Literal["vae", "gmvae", "cgmdvae"]
@@ -83,7 +85,7 @@ class VAEOptions:
     chosen among `candidates`; `prune` merges those of them that are too many; `covariance` is what each of them has;
     `neighbours` of each cell make the graph whose communities they start from (0: a Gaussian mixture);
     `condition_key`, `covariates` and `label_key` are columns of obs; `denoised` writes a layer; `save` and `resume` are
-    folders of checkpoints; `report` is an HTML file.
+    folders of checkpoints; `report` is an HTML file; `on_disk` as in `FitOptions`.
     """
 
     model: VAEModelName = "gmvae"
@@ -109,6 +111,7 @@ class VAEOptions:
     resume: Path | None = None
     report: Path | None = None
     overwrite: bool = False
+    on_disk: bool | None = None
 
 
 DataSetName = Literal["mouse-brain-20k", "mouse-brain"]

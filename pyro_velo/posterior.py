@@ -21,8 +21,9 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Batch
 from pyro_velo.compiled import compiled
+from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
 from pyro_velo.guides import WARP, AmortizedProgram
 from pyro_velo.models.velocity import RATES, VelocityProgram
@@ -83,6 +84,22 @@ class Draws(NamedTuple):
         return Draws(self.velocities[:, :n], mean, sd, self.z[:n])
 
 
+class Summaries(NamedTuple):
+    """What the draws say of a batch of cells, in the units of the model.
+
+    `layers` by the names of `LAYERS` (B, G), `state` (B, G), `z` (B, d), `uncertainty` (B,); summed over the cells,
+    float64: `state_use` (4, G) and `log_likelihood` (G,).
+    """
+
+    layers: dict[str, Array]
+    state: NDArray[np.uint8]
+    z: Array
+    uncertainty: Array
+    state_use: NDArray[np.float64]
+    log_likelihood: NDArray[np.float64]
+
+
+LAYERS = ("velocity", "velocity_sd", "velocity_q05", "velocity_q95", "t", "t_sd", "u", "s")
 AVERAGED = ("velocity", "t", "u", "s", "log_likelihood", *STATES)
 SPREAD = ("velocity", "t")
 
@@ -90,13 +107,13 @@ SPREAD = ("velocity", "t")
 @torch.no_grad()
 def summarise(
     fitted: Fitted,
-    cells: Cells,
+    cells: AnyCells,
     *,
     draws: int = 100,
     over_states: OverStates = "expected",
     seed: int = 0,
     progress: bool | None = None,
-    as_if: Cells | None = None,
+    as_if: AnyCells | None = None,
 ) -> Posterior:
     """Draw `draws` times from the guide for all `cells` and summarise.
 
@@ -112,25 +129,31 @@ def summarise(
         fitted, cells, out.add, draws=draws, over_states=over_states, seed=seed, progress=progress, as_if=as_if
     )
     found = out.finish(rates)
+    z, library = with_library(fitted, found.z)
+    return replace(found, z=z, library=library)
+
+
+@torch.no_grad()
+def with_library(fitted: Fitted, z: Array) -> tuple[Array, Array | None]:
+    """Latent vectors (N, d) without the library size, and that (N,), where it is the last dimension."""
     if getattr(fitted.program, "library_sd", None) is None:
-        return found
-    # The last latent dimension, which has a column of its own.
-    z = torch.from_numpy(found.z).to(cells.device)
-    library = fitted.program.library_size(z).squeeze(-1)
-    return replace(found, z=fitted.program.of_kinetics(z).cpu().numpy(), library=library.cpu().numpy())
+        return z, None
+    latent = torch.from_numpy(z).to(fitted.program.library_sd.device)
+    library = fitted.program.library_size(latent).squeeze(-1)
+    return fitted.program.of_kinetics(latent).cpu().numpy(), library.cpu().numpy()
 
 
 @torch.no_grad()
 def stream(
     fitted: Fitted,
-    cells: Cells,
+    cells: AnyCells,
     receive: Callable[[NDArray[np.int64], Draws], None],
     *,
     draws: int = 100,
     over_states: OverStates = "expected",
     seed: int = 0,
     progress: bool | None = None,
-    as_if: Cells | None = None,
+    as_if: AnyCells | None = None,
 ) -> list[dict[str, Tensor]]:
     """Call `receive` with the numbers of a batch of cells and their draws, batch by batch; return the draws' rates.
 
@@ -138,11 +161,11 @@ def stream(
     seed gives the same draws. Raises `InputError` for fewer than two.
     """
     check_draws(draws)
-    device = cells.molecules.device
+    device = cells.device
     with (
         fitted.parameters(),
         pyro.validation_enabled(False),
-        torch.random.fork_rng([device] if cells.molecules.is_cuda else []),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
         rates = draw_rates(fitted, cells, draws)
@@ -150,7 +173,7 @@ def stream(
         take = compiled(partial(_take, fitted.program, over_states), work, device)
         bar = tqdm(total=len(cells), desc="posterior", unit="cell", disable=None if progress is None else not progress)
         with bar:
-            for index, new in equal_parts(len(cells), max(1, CELLS_GENES_AT_ONCE // cells.n_genes)):
+            for index, new in equal_parts(len(cells), CELLS_GENES_AT_ONCE // cells.n_genes):
                 batch = cells.batch(index.to(device))
                 told = batch if as_if is None else as_if.batch(index.to(device))
                 receive(index[:new].numpy(), _draw_batch(fitted, batch, told, rates, take).first(new))
@@ -164,12 +187,12 @@ def check_draws(draws: int) -> None:
         raise InputError(f"Expected 2 draws or more, because one has no spread; got {draws}. The default is 100.")
 
 
-def draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tensor]]:
+def draw_rates(fitted: Fitted, cells: AnyCells, draws: int) -> list[dict[str, Tensor]]:
     """Every draw's gene-level values, by site, which all cells share.
 
     Call it under the fit's parameters, as `stream` does.
     """
-    batch = cells.batch(torch.arange(1, device=cells.molecules.device))
+    batch = cells.batch(torch.arange(1, device=cells.device))
     taken = []
     for _ in range(draws):
         trace = poutine.trace(fitted.guide).get_trace(batch)
@@ -183,12 +206,17 @@ def draw_rates(fitted: Fitted, cells: Cells, draws: int) -> list[dict[str, Tenso
     return taken
 
 
+def part_size(n_cells: int, size: int) -> int:
+    """The size of equal parts of `n_cells`, of about `size` cells each."""
+    return math.ceil(n_cells / math.ceil(n_cells / max(1, size)))
+
+
 def equal_parts(n_cells: int, size: int) -> Iterator[tuple[Tensor, int]]:
     """Indices of about `size` cells, and how many of them are new: the last part is filled up with the last cell.
 
     All parts have one size, for which functions are compiled once.
     """
-    size = math.ceil(n_cells / math.ceil(n_cells / size))
+    size = part_size(n_cells, size)
     for start in range(0, n_cells, size):
         yield torch.arange(start, start + size).clamp_max(n_cells - 1), min(size, n_cells - start)
 
@@ -283,12 +311,34 @@ def over(weights: Sequence[Tensor], values: Sequence[Tensor | float]) -> Tensor:
     return total
 
 
+def of_batch(draws: Draws) -> Summaries:
+    """Summaries of the draws of one batch."""
+    mean, sd = draws.mean, draws.sd
+    low, high = quantiles(draws.velocities, (0.05, 0.95))
+    layers = (mean["velocity"], sd["velocity"], low, high, mean["t"], sd["t"], mean["u"], mean["s"])
+    probability = torch.stack([mean[state] for state in STATES])
+    return Summaries(
+        {name: value.cpu().numpy() for name, value in zip(LAYERS, layers, strict=True)},
+        probability.argmax(0).to(torch.uint8).cpu().numpy(),
+        draws.z.cpu().numpy(),
+        directional_uncertainty(draws.velocities, mean["velocity"]).cpu().numpy(),
+        probability.sum(1).double().cpu().numpy(),
+        mean["log_likelihood"].sum(0).double().cpu().numpy(),
+    )
+
+
+def moments_of(rates: list[dict[str, Tensor]]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Means and sds over draws of the gene-level sites that are reported, by name."""
+    stacked = {name: torch.stack([draw[name] for draw in rates]) for name in rates[0] if _is_rate(name, rates[0])}
+    means = {name: value.mean(0).cpu().numpy() for name, value in stacked.items()}
+    return means, {name: value.std(0).cpu().numpy() for name, value in stacked.items()}
+
+
 class _Summary:
     """The arrays of a `Posterior`, filled batch by batch."""
 
     def __init__(self, n_cells: int, n_genes: int) -> None:
-        names = ("velocity", "velocity_sd", "velocity_q05", "velocity_q95", "t", "t_sd", "u", "s")
-        self.layers = {name: np.empty((n_cells, n_genes), np.float32) for name in names}
+        self.layers = {name: np.empty((n_cells, n_genes), np.float32) for name in LAYERS}
         self.state = np.empty((n_cells, n_genes), np.uint8)
         self.state_use = np.zeros((4, n_genes), np.float64)
         self.log_likelihood = np.zeros(n_genes, np.float64)
@@ -297,28 +347,24 @@ class _Summary:
 
     def add(self, index: NDArray, draws: Draws) -> None:
         """Summarise the draws of the cells at `index`."""
-        mean, sd = draws.mean, draws.sd
-        low, high = quantiles(draws.velocities, (0.05, 0.95))
-        summaries = (mean["velocity"], sd["velocity"], low, high, mean["t"], sd["t"], mean["u"], mean["s"])
-        for layer, value in zip(self.layers.values(), summaries, strict=True):
-            layer[index] = value.cpu().numpy()
-        probability = torch.stack([mean[state] for state in STATES])
-        self.state[index] = probability.argmax(0).cpu().numpy()
-        self.state_use += probability.sum(1).double().cpu().numpy()
-        self.log_likelihood += mean["log_likelihood"].sum(0).double().cpu().numpy()
-        self.uncertainty[index] = directional_uncertainty(draws.velocities, mean["velocity"]).cpu().numpy()
-        self.z[int(index[0])] = draws.z.cpu().numpy()
+        found = of_batch(draws)
+        for name, values in found.layers.items():
+            self.layers[name][index] = values
+        self.state[index], self.uncertainty[index] = found.state, found.uncertainty
+        self.state_use += found.state_use
+        self.log_likelihood += found.log_likelihood
+        self.z[int(index[0])] = found.z
 
     def finish(self, rates: list[dict[str, Tensor]]) -> Posterior:
         """The summaries of all cells, with those of the rates."""
         n_cells = len(self.state)
-        stacked = {name: torch.stack([draw[name] for draw in rates]) for name in rates[0] if _is_rate(name, rates[0])}
+        mean, sd = moments_of(rates)
         return Posterior(
             **self.layers,
             state=self.state,
             state_use=(self.state_use / n_cells).astype(np.float32),
-            rates={name: value.mean(0).cpu().numpy() for name, value in stacked.items()},
-            rates_sd={name: value.std(0).cpu().numpy() for name, value in stacked.items()},
+            rates=mean,
+            rates_sd=sd,
             log_likelihood=(self.log_likelihood / n_cells).astype(np.float32),
             z=np.concatenate([self.z[key] for key in sorted(self.z)]),
             uncertainty=self.uncertainty,

@@ -83,7 +83,7 @@ class Counts(NamedTuple):
 
 
 @contextmanager
-def _threads_kept() -> Iterator[None]:
+def threads_kept() -> Iterator[None]:
     """Give torch back the number of threads that it had: a library below scanpy takes every core for it."""
     threads = torch.get_num_threads()
     try:
@@ -92,7 +92,7 @@ def _threads_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_threads_kept()
+@threads_kept()
 def prepare(adata: AnnData, settings: PrepareSettings | None = None) -> None:
     r"""Filter, normalise and smooth the raw counts of `adata`, in place.
 
@@ -150,7 +150,15 @@ def _checked(adata: AnnData, settings: PrepareSettings) -> Counts:
     check_neighbors(adata.n_obs, settings.n_neighbors)
     for name, layer in zip((keys.SPLICED, keys.UNSPLICED), layers, strict=True):
         check_whole(layer, name)
-    shared = shared_counts(*layers)
+    keep = enough_shared(shared_counts(*layers), settings)
+    factors = {name: size_factors(layer) for name, layer in zip((keys.SPLICED, keys.UNSPLICED), layers, strict=True)}
+    log = log_normalised(sparse.csr_matrix(layers.spliced)[:, keep], factors[keys.SPLICED])
+    check_differ((log.max(axis=0) - log.min(axis=0)).toarray(), adata.n_obs)
+    return Counts(keep, factors, log)
+
+
+def enough_shared(shared: NDArray[np.float64], settings: PrepareSettings) -> NDArray[np.bool_]:
+    """(genes,) which have enough shared counts; raises `InputError` where too few have."""
     keep = shared >= settings.min_shared_counts
     if keep.sum() < MIN_GENES:
         raise InputError(
@@ -158,15 +166,16 @@ def _checked(adata: AnnData, settings: PrepareSettings) -> Counts:
             f"both molecules (the most: {shared.max():.0f}), expected {MIN_GENES} or more; lower min_shared_counts, or "
             "check that the two layers come from the same genes."
         )
-    factors = {name: size_factors(layer) for name, layer in zip((keys.SPLICED, keys.UNSPLICED), layers, strict=True)}
-    log = _log_normalised(sparse.csr_matrix(layers.spliced)[:, keep], factors[keys.SPLICED])
-    spread = (log.max(axis=0) - log.min(axis=0)).toarray()
+    return keep
+
+
+def check_differ(spread: NDArray[Any], n_cells: int) -> None:
+    """Raises `InputError` where no gene's range over cells, (genes,) of log1p of scaled counts, tells cells apart."""
     if spread.max() < SAME:
         raise InputError(
-            f"All {adata.n_obs:,} cells hold the same spliced counts but for their depth, expected cells that differ; "
+            f"All {n_cells:,} cells hold the same spliced counts but for their depth, expected cells that differ; "
             "check how the layer was made."
         )
-    return Counts(keep, factors, log)
 
 
 def shared_counts(spliced: Any, unspliced: Any) -> NDArray[np.float64]:
@@ -178,7 +187,11 @@ def shared_counts(spliced: Any, unspliced: Any) -> NDArray[np.float64]:
 
 def size_factors(counts: Any) -> NDArray[np.float64]:
     """Median total per cell over a cell's total, (cells,); 0 for an empty cell."""
-    totals = _row_sums(counts)
+    return factors_of(_row_sums(counts))
+
+
+def factors_of(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The median total over each cell's, (cells,); 0 for an empty cell."""
     return np.divide(np.median(totals), totals, out=np.zeros_like(totals), where=totals > 0)
 
 
@@ -220,6 +233,13 @@ def moments(counts: Any, weights: sparse.csr_matrix, factors: ArrayLike) -> NDAr
         rows = slice(start, start + CELLS_AT_ONCE)
         out[rows] = (weights[rows] @ scaled).toarray()
     return out
+
+
+def most_variable(dispersions: NDArray[np.floating], n_top_genes: int) -> NDArray[np.int64]:
+    """The numbers, ascending, of the genes with the highest of `dispersions` (genes,)."""
+    # scanpy keeps every gene that ties with the last one; this keeps as many as asked for, NaN last.
+    order = np.argsort(-dispersions, kind="stable")
+    return np.sort(order[:n_top_genes])
 
 
 def steady_state_slope(Mu: ArrayLike, Ms: ArrayLike) -> NDArray[np.float64]:
@@ -268,9 +288,7 @@ def _neighbour_graph(adata: AnnData, settings: PrepareSettings, log: sparse.csr_
     try:
         if adata.n_vars > settings.n_top_genes:
             found = sc.pp.highly_variable_genes(adata, layer=LOG_NORMALISED, flavor="seurat", inplace=False)
-            # scanpy keeps every gene that ties with the last one; this keeps as many as asked for, NaN last.
-            order = np.argsort(-found["dispersions_norm"].to_numpy(), kind="stable")
-            adata._inplace_subset_var(np.sort(order[: settings.n_top_genes]))
+            adata._inplace_subset_var(most_variable(found["dispersions_norm"].to_numpy(), settings.n_top_genes))
         # ARPACK needs fewer components than either side of the matrix.
         n_pcs = min(settings.n_pcs, adata.n_obs - 1, adata.n_vars - 1)
         # mask_var=None: a `highly_variable` column of the caller's does not narrow the genes a second time.
@@ -281,7 +299,8 @@ def _neighbour_graph(adata: AnnData, settings: PrepareSettings, log: sparse.csr_
     return n_pcs
 
 
-def _log_normalised(counts: Any, factors: NDArray[np.float64]) -> sparse.csr_matrix:
+def log_normalised(counts: Any, factors: NDArray[np.float64]) -> sparse.csr_matrix:
+    """Log1p of counts times their cells' factors, (cells, genes) float32."""
     scaled = sparse.csr_matrix(sparse.diags(factors) @ sparse.csr_matrix(counts), dtype=np.float32)
     scaled.data = np.log1p(scaled.data)
     return scaled

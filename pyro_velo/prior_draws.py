@@ -68,7 +68,7 @@ def reference(data: Like, model: VelocityModel) -> Cells:
     if isinstance(data, tuple):
         return typical_cells(*data, counts=counts)
     if not isinstance(data, Cells):
-        data = (data if isinstance(data, VelocityData) else velocity_data(data, counts=counts)).cells
+        data = (data if isinstance(data, VelocityData) else velocity_data(data, counts=counts)).resident
     if (data.counts is not None) != counts:
         raise InputError(
             f"{model.likelihood!r} expects {'raw counts' if counts else 'scaled layers'}; got the other kind. "

@@ -12,6 +12,7 @@ from pyro_velo.arguments import (
     BatchSize,
     Covariates,
     MaxEpochs,
+    OnDisk,
     Overwrite,
     Resume,
     Save,
@@ -71,6 +72,7 @@ def vae(
     save: Save = None,
     resume: Resume = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a report as well.")] = None,
+    on_disk: OnDisk = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit an autoencoder: a latent space, and the clusters in it."""
@@ -97,6 +99,7 @@ def vae(
         resume=resume,
         report=report,
         overwrite=overwrite,
+        on_disk=on_disk,
     )
     from pyro_velo import autoencoding
 

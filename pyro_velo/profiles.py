@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from pyro_velo.batch import Resident
 
 UNKNOWN = -1
 """The label of a cell whose label nobody has given."""
@@ -59,7 +60,7 @@ class ProfileBatch:
 
 
 @dataclass(frozen=True)
-class Profiles:
+class Profiles(Resident[ProfileBatch]):
     """N cells x G genes that are resident on one device: `x` (N, G), in the units that the likelihood wants.
 
     A batch is an index slice of it. `size_factors` (N, 1) are there where `x` are counts (1 where depth is part of what
@@ -85,11 +86,7 @@ class Profiles:
         """Raw counts (N, G) with their size factors: each cell's total over the median, or 1 (`depth=False`)."""
         x = counts.to(torch.get_default_dtype())
         totals = x.sum(1, keepdim=True, dtype=torch.float64)
-        some = totals[totals > 0]
-        if not depth or not len(some):
-            return cls(x, x.new_ones(len(x), 1), **told)
-        # An empty cell counts as the smallest other one: any factor explains it.
-        return cls(x, (totals.clamp_min(some.min().item()) / some.median()).to(x), **told)
+        return cls(x, sizes_of(totals, totals).to(x) if depth else x.new_ones(len(x), 1), **told)
 
     def __len__(self) -> int:
         """The number of cells."""
@@ -127,7 +124,11 @@ class Profiles:
         rest = (None if given is None else given[index] for given in (self.size_factors, self.covariates, self.labels))
         return ProfileBatch(self.x[index], index, len(self) if n_cells is None else n_cells, *rest)
 
-    def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[ProfileBatch]:
-        """The cells at `index`, in that order, `size` at a time; the last batch may be smaller."""
-        for part in index.split(size):
-            yield self.batch(part, n_cells)
+
+def sizes_of(totals: Tensor, among: Tensor) -> Tensor:
+    """Each total (N, 1) over the median of those `among` (M, 1) that are above 0; 1 where none is."""
+    some = among[among > 0]
+    if not len(some):
+        return torch.ones_like(totals)
+    # An empty cell counts as the smallest other one: any factor explains it.
+    return totals.clamp_min(some.min().item()) / some.median()

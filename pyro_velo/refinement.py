@@ -19,7 +19,8 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Batch
+from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
 from pyro_velo.guides import AmortizedProgram
 from pyro_velo.schedule import WithoutPenalties
@@ -32,7 +33,7 @@ SLOWER_FROM, SLOWER = 0.6, 5
 
 def refine(
     fitted: Fitted,
-    cells: Cells,
+    cells: AnyCells,
     *,
     steps: int = 50,
     learning_rate: float = 0.02,
@@ -56,8 +57,8 @@ def refine(
         return fitted
     if steps < 1:
         raise InputError(f"Expected 1 step or more; got {steps}. 50 are enough for most.")
-    device = cells.molecules.device
-    with fitted.parameters(), torch.random.fork_rng([device] if cells.molecules.is_cuda else []):
+    device = cells.device
+    with fitted.parameters(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         every, size = torch.arange(len(cells), device=device), max(1, CELLS_GENES_AT_ONCE // cells.n_genes)
         bar = tqdm(total=len(cells), desc="refinement", unit="cell", disable=None if progress is None else not progress)

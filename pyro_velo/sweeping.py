@@ -223,7 +223,7 @@ def _scored(
 ) -> Score:
     """One trial: a fit, whose looks are reported, and its score. Ctrl-C goes on up."""
     model, guide = recipe
-    cells = arranged(data.profiles, training.held_out, seed, training.seed)
+    cells = arranged(data.resident, training.held_out, seed, training.seed)
 
     def looked(state: Training) -> None:
         report(state.history.held_out[-1], state.epoch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -166,7 +166,7 @@ def train(
     """
     settings = settings or (resume.settings if resume else TrainSettings())
     with apart(cells, settings.seed) as store:
-        program = model.build(cells)
+        program = model.build(cells.sample)
         loop = _Loop(program, guide(program), cells, settings, elbo or Trace_ELBO(), resume, team())
         interrupted = loop.run(on_evaluation, progress)
     return Fitted(program, loop.guide, store, loop.state, interrupted)
@@ -178,7 +178,7 @@ def restore(model: Model, guide: Guide, cells: Data, training: Training) -> Fitt
     Raises `InputError` for the state of another model, guide or number of genes.
     """
     with apart(cells, training.settings.seed) as store:
-        program = model.build(cells)
+        program = model.build(cells.sample)
         loop = _Loop(program, guide(program), cells, training.settings, Trace_ELBO(), training)
         load_parameters(training.best)
     return Fitted(program, loop.guide, store, loop.state)
@@ -283,12 +283,12 @@ class _Loop:
         """Pass once over the training cells, then look at the held-out ones if it is time; whether it was."""
         state, epoch = self.state, self.state.epoch
         noise = Noise(self.team, _seed(self.settings.seed, epoch), self.cells.device)
-        order = self._on_device(self.train_index[torch.randperm(self.n_train)])
-        step, total = epoch * self.n_batches, 0.0
-        for i, index in enumerate(order.tensor_split(self.n_batches)):
-            share = self.team.share(index)
+        order = self._on_device(self.cells.shuffled(self.train_index))
+        parts, step, total = order.tensor_split(self.n_batches), epoch * self.n_batches, 0.0
+        shares = [self.team.share(part) for part in parts]
+        for i, batch in enumerate(self.cells.read(shares, self.n_train)):
             with self.warmup.at(step + i, self.team.mean):
-                total += self._step(self.cells.batch(share, self.n_train), step + i, noise, len(share) / len(index))
+                total += self._step(batch, step + i, noise, len(shares[i]) / len(parts[i]))
         state.epoch += 1
         last = state.epoch == self.epochs
         evaluated = last or state.epoch % self.evaluate_every == 0
@@ -340,9 +340,8 @@ class _Loop:
         """The mean over held-out cells of what is climbed, with the same noise every time: looks can be compared."""
         index, total, culprit = self.held_index if len(self.held_index) else self.train_index, 0.0, None
         parts = self._on_device(index).split(self.settings.batch_size)
-        for i in self.team.turns(len(parts)):
+        for i, batch in self._turns(parts):
             with self._looking(i):
-                batch = self.cells.batch(parts[i], self.n_train)
                 loss = loss_of(batch, len(batch.index) / len(index))
                 if not math.isfinite(loss) and culprit is None:
                     culprit = blame(self.svi.model, self.svi.guide, batch, {})
@@ -351,6 +350,11 @@ class _Loop:
         if culprit is not None:
             raise NonFiniteError(culprit, step=step)
         return -sum(self.team.gathered(total)) / len(index)
+
+    def _turns(self, parts: Sequence[Tensor]) -> Iterator[tuple[int, Minibatch]]:
+        """The batches of a look that are this process's, each with its number."""
+        turns = self.team.turns(len(parts))
+        return zip(turns, self.cells.read([parts[i] for i in turns], self.n_train), strict=True)
 
     @contextmanager
     def _looking(self, i: int) -> Iterator[None]:
@@ -379,9 +383,9 @@ class _Loop:
         index, terms = self.train_index[: len(self.held_index)], dict[str, float]()
         n_batches = max(1, round(len(index) / self.settings.batch_size))
         parts = self._on_device(index).tensor_split(n_batches)
-        for i in self.team.turns(n_batches):
+        for i, batch in self._turns(parts):
             with self._looking(i), self.warmup.done():
-                self._loss(self.cells.batch(parts[i], self.n_train), terms, len(parts[i]) / len(index))
+                self._loss(batch, terms, len(batch.index) / len(index))
         return self._summed(terms)
 
     def _summed(self, terms: dict[str, float]) -> dict[str, float]:

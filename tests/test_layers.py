@@ -34,6 +34,7 @@ LAYERS: dict[int, set[str]] = {
     1: {
         *("priors", "likelihoods", "states", "initial", "ordering", "mixture", "times", "transcription", "library"),
         *("optimizer", "processes"),
+        *("disk", "disk_profiles"),
         *("emission", "gaussian_mixture", "cluster_sizes", "assignments", "communities", "starts"),
     },
     2: {"models", "rates", "guides", "encoders"},
@@ -41,12 +42,13 @@ LAYERS: dict[int, set[str]] = {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
         *("coupling", "coupled_rates"),
         *("history", "doctor", "doctor.terms"),
-        *("simulate", "preprocess", "embedding", "metrics", "data"),
+        *("simulate", "preprocess", "preparing", "embedding", "metrics", "data"),
         *("transitions", "population_balance", "macrostates", "fates", "directions", "directional", "contributions"),
         *("criticism", "tallies", "calibration", "truth", "prior_draws"),
         *("last_layer", "latent", "clustering", "cluster_number", "merging", "agreement", "parts", "stages", "studies"),
     },
     4: {
+        "writing",
         *("plots", "reporting", "flow", "fitting", "api", "verdict", "comparison", "comparing", "cli", "parsing"),
         *("arguments", "profile_commands"),
         *("autoencoding", "profile_report", "sweeping"),
@@ -58,8 +60,11 @@ LAYER = {module: layer for layer, modules in LAYERS.items() for module in module
 """An entry covers the modules below it too, where they have no entry of their own."""
 
 SIDEWAYS = {
+    # What data sets in memory share.
+    ("profiles", "batch"),
     ("densities", "special"),
     ("densities", "compiled"),
+    ("disk_profiles", "disk"),
     ("emission", "likelihoods"),
     ("times", "priors"),
     ("ordering", "initial"),
@@ -125,6 +130,8 @@ SIDEWAYS = {
     ("prior_draws", "data"),
     ("prior_draws", "truth"),
     ("preprocess", "data"),
+    ("preparing", "data"),
+    ("preparing", "preprocess"),
     # Autoencoders: what a fit says of cells, and fits with clusters.
     ("last_layer", "train"),
     ("latent", "last_layer"),
@@ -150,6 +157,7 @@ SIDEWAYS = {
     ("api", "fitting"),
     ("api", "flow"),
     ("fitting", "flow"),
+    ("fitting", "writing"),
     ("__init__", "flow"),
     ("api", "reporting"),
     ("verdict", "reporting"),

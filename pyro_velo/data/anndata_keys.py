@@ -12,6 +12,9 @@ VELOCITY, VELOCITY_SD, VELOCITY_Q05, VELOCITY_Q95 = "velocity", "velocity_sd", "
 FIT_T, FIT_T_SD, FIT_S, FIT_U, FIT_STATE = "fit_t", "fit_t_sd", "fit_s", "fit_u", "fit_state"
 LAYERS_OUT = (VELOCITY, VELOCITY_SD, VELOCITY_Q05, VELOCITY_Q95, FIT_T, FIT_T_SD, FIT_S, FIT_U, FIT_STATE)
 
+NOT_FITTED = 255
+"""The state of a gene that was not fitted: whole numbers have no NaN."""
+
 FIT_ALPHA, FIT_BETA, FIT_GAMMA, FIT_SWITCH = "fit_alpha", "fit_beta", "fit_gamma", "fit_t_"
 RATES = (FIT_ALPHA, FIT_BETA, FIT_GAMMA, FIT_SWITCH)
 RATES_SD = tuple(f"{name}_sd" for name in RATES)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from pyro_velo.batch import Cells, Counts
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.checks import NO_LIMIT, check_adata, check_key, check_two, check_whole, checked_layers
 from pyro_velo.data.covariates import Design, design
-from pyro_velo.data.matrices import checked_matrix
+from pyro_velo.data.matrices import checked_matrix, sums
+from pyro_velo.data.stored import state_of
+from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,19 +49,50 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class Source:
+    """The file that cells on disk were read from, and its `state` then (`stored.state_of`).
+
+    `ranges` names the layers, spliced and unspliced, in whose units the kinetics are: with counts the smoothed ones.
+    """
+
+    path: Path
+    state: tuple[int, int]
+    ranges: tuple[str, str]
+
+    def check(self) -> None:
+        """Raises `InputError` where the file has changed since."""
+        if not self.path.exists() or state_of(self.path) != self.state:
+            raise InputError(
+                f"{self.path} has changed since it was fitted, expected it as it was; fit it again, or put the old one "
+                "back."
+            )
+
+
+@dataclass(frozen=True)
 class VelocityData:
     """What is fitted: the scaled cells, which genes of the AnnData they are (`genes`, a mask), and their scaling.
 
-    `layers` names those that it was read from, spliced and unspliced.
+    `layers` names those that it was read from, spliced and unspliced; `source` is the file of cells that are on disk.
     """
 
-    cells: Cells
+    cells: AnyCells
     cell_names: pd.Index
     genes: NDArray[np.bool_]
     gene_names: list[str]
     scaling: Scaling
     layers: tuple[str, str]
     design: Design | None = None
+    source: Source | None = None
+
+    @property
+    def resident(self) -> Cells:
+        """The cells, all of them in memory. Raises `InputError` where they are on disk."""
+        if isinstance(self.cells, Cells):
+            return self.cells
+        raise InputError(
+            f"Expected the {len(self.cells):,} cells in memory, because this looks at all of them at once; they are on "
+            "disk. Read the file (pyro_velo.read) and fit that, or take fewer cells."
+        )
 
 
 def velocity_data(
@@ -114,7 +148,7 @@ def velocity_data(
             for zero, top in ((u_zero, u_top), (s_zero, s_top))
         )
     scaling = Scaling(u_zero[genes], (u_top - u_zero)[genes], s_zero[genes], (s_top - s_zero)[genes])
-    scaled = _stacked(range_u, range_s, genes, scaling).to(device)
+    scaled = stacked(range_u, range_s, genes, scaling).to(device)
     ratio = torch.from_numpy(scaling.u_unit / scaling.s_unit).to(device)
     told = design(adata, batch_key, covariates)
     cells = Cells(scaled, ratio)
@@ -126,13 +160,12 @@ def velocity_data(
         size_factors = torch.from_numpy(np.stack(sizes).astype(np.float32))[..., None].to(device)
         # Nowhere is a count impossible: what floats about reaches every cell.
         cells = Cells(
-            _stacked(u, s, genes).to(device),
+            stacked(u, s, genes).to(device),
             ratio,
             Counts(size_factors, torch.maximum(zero, AMBIENT * unit), unit, scaled),
         )
     if told is not None:
-        group = None if told.group is None else torch.from_numpy(told.group).to(device)
-        matrix = torch.from_numpy(told.matrix).to(device)
+        matrix, group = told.tensors(device)
         cells = replace(cells, covariates=matrix, group=group, n_groups=len(told.batches))
     return VelocityData(cells, adata.obs_names, genes, adata.var_names[genes].tolist(), scaling, names, told)
 
@@ -142,9 +175,15 @@ def _sizes(adata: AnnData, layer: Any, molecule: str, as_is: bool) -> Array:
     key = keys.size_factor(molecule)
     if not as_is and key in adata.obs:
         return adata.obs[key].to_numpy(np.float32)
-    totals = np.asarray(layer.sum(axis=1), np.float64).ravel()
+    totals = sums(layer, 1)
+    return relative(totals, totals)
+
+
+def relative(totals: NDArray[np.float64], among: NDArray[np.float64]) -> Array:
+    """Each cell's total over the median one of the cells with the totals `among`."""
+    counted = among[among > 0]
     # An empty cell counts as the smallest other one: any factor explains it.
-    return (np.maximum(totals, totals[totals > 0].min()) / np.median(totals[totals > 0])).astype(np.float32)
+    return (np.maximum(totals, counted.min()) / np.median(counted)).astype(np.float32)
 
 
 def _divided(layer: Any, sizes: Array) -> Any:
@@ -152,7 +191,7 @@ def _divided(layer: Any, sizes: Array) -> Any:
     return sparse.diags(1 / sizes) @ sparse.csr_matrix(layer)
 
 
-def _stacked(u: Any, s: Any, genes: NDArray[np.bool_], scaling: Scaling | None = None) -> torch.Tensor:
+def stacked(u: Any, s: Any, genes: NDArray[np.bool_], scaling: Scaling | None = None) -> torch.Tensor:
     """Both layers' fitted genes, (2, N, G), scaled if it is said how."""
     out = torch.empty(2, u.shape[0], int(genes.sum()))
     for into, layer in zip(out, (u, s), strict=True):
@@ -216,22 +255,10 @@ def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *,
     All that can fail is done before the first key is written. A view becomes an AnnData of its own.
     """
     scale, genes = data.scaling, data.genes
-    unit = scale.s_unit
-    everywhere = {
-        keys.VELOCITY: _spread(posterior.velocity, genes, unit),
-        keys.VELOCITY_SD: _spread(posterior.velocity_sd, genes, unit),
-        keys.VELOCITY_Q05: _spread(posterior.velocity_q05, genes, unit),
-        keys.VELOCITY_Q95: _spread(posterior.velocity_q95, genes, unit),
-        keys.FIT_T: _spread(posterior.t, genes),
-        keys.FIT_T_SD: _spread(posterior.t_sd, genes),
-        keys.FIT_S: _spread(posterior.s, genes, unit, scale.s_zero),
-        # The kinetics live in units of scaled spliced, for both molecules.
-        keys.FIT_U: _spread(posterior.u, genes, unit, scale.u_zero),
-    }
-    var = {name: _spread(column, genes) for name, column in _gene_columns(posterior, data).items()}
+    everywhere = {key: spread(getattr(posterior, name), genes, *unit_of(name, scale)) for name, key in LAYER_OF.items()}
+    var = gene_columns(of_genes(posterior, data), data)
     time = latent_time(posterior.t, posterior.log_likelihood)
-    # 255 marks a gene that was not fitted: whole numbers have no NaN.
-    states = np.full(adata.shape, 255, np.uint8)
+    states = np.full(adata.shape, keys.NOT_FITTED, np.uint8)
     states[:, genes] = posterior.state
     if adata.is_view:
         adata._init_as_actual(adata.copy())
@@ -244,28 +271,67 @@ def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *,
     if posterior.library is not None:
         adata.obs[keys.LIBRARY_SIZE] = posterior.library
     adata.obsm[keys.LATENT] = posterior.z
-    fitted = {keys.UNS_LAYERS: dict(zip((keys.SPLICED, keys.UNSPLICED), data.layers, strict=True))}
-    adata.uns[keys.UNS] = {**adata.uns.get(keys.UNS, {}), **about, **fitted}
+    adata.uns[keys.UNS] = noted(adata.uns.get(keys.UNS, {}), about, data)
 
 
-def _gene_columns(posterior: Posterior, data: VelocityData) -> dict[str, Array]:
-    """The columns of var, for the fitted genes: alpha in units of Mu per time, noise in units of its own layer."""
+LAYER_OF = {
+    "velocity": keys.VELOCITY,
+    "velocity_sd": keys.VELOCITY_SD,
+    "velocity_q05": keys.VELOCITY_Q05,
+    "velocity_q95": keys.VELOCITY_Q95,
+    "t": keys.FIT_T,
+    "t_sd": keys.FIT_T_SD,
+    "s": keys.FIT_S,
+    "u": keys.FIT_U,
+}
+"""Where each layer of a posterior is put."""
+
+
+def unit_of(name: str, scale: Scaling) -> tuple[Any, Any]:
+    """The unit and the zero, (G,) each, of a layer of the posterior in the layers' own units."""
+    if name in ("t", "t_sd"):
+        return 1, 0
+    # The kinetics live in units of scaled spliced, for both molecules.
+    return scale.s_unit, {"u": scale.u_zero, "s": scale.s_zero}.get(name, 0)
+
+
+def noted(before: Mapping[str, Any], about: Mapping[str, Any], data: VelocityData) -> dict[str, Any]:
+    """What stands in uns: what stood there before, how the fit was made, and the layers that it was of."""
+    return {**before, **about, keys.UNS_LAYERS: dict(zip((keys.SPLICED, keys.UNSPLICED), data.layers, strict=True))}
+
+
+class OfGenes(NamedTuple):
+    """What a posterior says of the fitted genes: `rates` and `rates_sd` by site, the mean log-density, and R2, (G,)."""
+
+    rates: Mapping[str, Array]
+    rates_sd: Mapping[str, Array]
+    log_likelihood: Array
+    r2: Array
+
+
+def of_genes(posterior: Posterior, data: VelocityData) -> OfGenes:
+    """What a posterior of cells in memory says of the genes."""
+    measured_u, measured_s = data.resident.scaled
+    u, s = (measured_u * data.resident.ratio).cpu().numpy(), measured_s.cpu().numpy()
+    r2 = np.minimum(explained_variance(u, posterior.u), explained_variance(s, posterior.s))
+    return OfGenes(posterior.rates, posterior.rates_sd, posterior.log_likelihood, r2)
+
+
+def gene_columns(found: OfGenes, data: VelocityData) -> dict[str, Array]:
+    """The columns of var: alpha in units of Mu per time, noise in units of its own layer; NaN of genes not fitted."""
     scale = data.scaling
     columns: dict[str, Array] = {}
     for name, site in zip(keys.RATES, ("alpha", "beta", "gamma", "switch_time"), strict=True):
         unit = scale.s_unit if site == "alpha" else np.float32(1)
-        columns[name] = posterior.rates[site] * unit
-        columns[f"{name}_sd"] = posterior.rates_sd[site] * unit
+        columns[name] = found.rates[site] * unit
+        columns[f"{name}_sd"] = found.rates_sd[site] * unit
     units = {"noise_unspliced": (keys.FIT_STD_U, scale.u_unit), "noise_spliced": (keys.FIT_STD_S, scale.s_unit)}
-    for site in posterior.rates.keys() - {"alpha", "beta", "gamma", "switch_time"}:
+    for site in found.rates.keys() - {"alpha", "beta", "gamma", "switch_time"}:
         name, unit = units.get(site, (keys.of_site(site), scale.s_unit if site == "alpha_1" else np.float32(1)))
-        columns[name] = posterior.rates[site] * unit
-    columns[keys.FIT_LIKELIHOOD] = np.exp(posterior.log_likelihood / 2)
-    measured_u, measured_s = data.cells.scaled
-    u, s = (measured_u * data.cells.ratio).cpu().numpy(), measured_s.cpu().numpy()
-    columns[keys.FIT_R2] = np.minimum(explained_variance(u, posterior.u), explained_variance(s, posterior.s))
+        columns[name] = found.rates[site] * unit
+    columns[keys.FIT_LIKELIHOOD], columns[keys.FIT_R2] = np.exp(found.log_likelihood / 2), found.r2
     columns[keys.FIT_U0], columns[keys.FIT_S0] = scale.u_zero, scale.s_zero
-    return columns
+    return {name: spread(column, data.genes) for name, column in columns.items()}
 
 
 def explained_variance(observed: Array, fitted: Array) -> Array:
@@ -273,7 +339,7 @@ def explained_variance(observed: Array, fitted: Array) -> Array:
     return np.asarray(1 - ((observed - fitted) ** 2).sum(0) / ((observed - observed.mean(0)) ** 2).sum(0))
 
 
-def _spread(values: Array, genes: NDArray[np.bool_], unit: Any = 1, zero: Any = 0) -> Array:
+def spread(values: Array, genes: NDArray[np.bool_], unit: Any = 1, zero: Any = 0) -> Array:
     """Values of the fitted genes, (..., fitted), times `unit` plus `zero`, among all genes, (..., G); NaN elsewhere."""
     out = np.full((*values.shape[:-1], len(genes)), np.nan, np.float32)
     out[..., genes] = values

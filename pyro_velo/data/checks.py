@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -52,14 +52,26 @@ def checked_layers(
     for name in (spliced, unspliced):
         check_key(adata, "layers", name)
     layers = Layers(*(_checked_layer(adata, name) for name in (spliced, unspliced)))
-    _check_totals(layers, (spliced, unspliced), max_unspliced_ratio)
-    _check_cells(adata, layers)
-    if not expressed_genes(layers).any():
+    of_genes, of_cells = ([sums(layer, axis) for layer in layers] for axis in (0, 1))
+    check_counts(of_genes, of_cells, adata.obs_names, (spliced, unspliced), max_unspliced_ratio)
+    return layers
+
+
+def check_counts(
+    of_genes: Sequence[NDArray[np.float64]],
+    of_cells: Sequence[NDArray[np.float64]],
+    cell_names: pd.Index,
+    names: tuple[str, str],
+    max_ratio: float,
+) -> None:
+    """What `checked_layers` refuses, from the sums over cells (G,) and over genes (N,) of spliced and unspliced."""
+    _check_totals([float(each.sum()) for each in of_genes], names, max_ratio)
+    _check_cells(of_cells[0] + of_cells[1], cell_names)
+    if not ((of_genes[0] > 0) & (of_genes[1] > 0)).any():
         raise InputError(
-            f"No gene has counts in both layers {spliced!r} and {unspliced!r}, expected at least one; check that both "
+            f"No gene has counts in both layers {names[0]!r} and {names[1]!r}, expected at least one; check that both "
             "come from the same genes."
         )
-    return layers
 
 
 def check_two(spliced: str, unspliced: str) -> None:
@@ -176,12 +188,18 @@ def checked_basis(adata: AnnData, basis: str) -> NDArray[np.float64]:
 
 def check_output_keys(adata: AnnData, *, overwrite: bool = False) -> None:
     """Raises `InputError`, listing them, if keys that a fit writes are there already and may not be replaced."""
+    held = {where: getattr(adata, where) for where in ("layers", "var", "obs", "obsm")}
+    check_free(held, adata.uns, overwrite=overwrite)
+
+
+def check_free(held: Mapping[str, Container[str]], uns: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """As `check_output_keys`, of the keys that are `held` in layers, var, obs and obsm."""
     if overwrite:
         return
     written = {"layers": LAYERS_OUT, "var": VAR_OUT, "obs": OBS_OUT, "obsm": OBSM_OUT}
-    taken = [f"{where}[{key!r}]" for where, keys in written.items() for key in keys if key in getattr(adata, where)]
+    taken = [f"{where}[{key!r}]" for where, keys in written.items() for key in keys if key in held[where]]
     # Preparing leaves a note of its own under the same key.
-    if set(adata.uns.get(UNS, ())) - {UNS_PREPARE}:
+    if set(uns.get(UNS, ())) - {UNS_PREPARE}:
         taken.append(f"uns[{UNS!r}]")
     if taken:
         listed = ", ".join(taken[:LISTED]) + (f" and {len(taken) - LISTED} more" if len(taken) > LISTED else "")
@@ -197,8 +215,7 @@ def _checked_layer(adata: AnnData, name: str) -> Matrix:
     )
 
 
-def _check_totals(layers: Layers, names: tuple[str, str], max_ratio: float) -> None:
-    totals = [float(sums(layer, 0).sum()) for layer in layers]
+def _check_totals(totals: Sequence[float], names: tuple[str, str], max_ratio: float) -> None:
     for name, total in zip(names, totals, strict=True):
         if total == 0:
             raise InputError(
@@ -214,12 +231,12 @@ def _check_totals(layers: Layers, names: tuple[str, str], max_ratio: float) -> N
         )
 
 
-def _check_cells(adata: AnnData, layers: Layers) -> None:
-    empty = (sums(layers.spliced, 1) + sums(layers.unspliced, 1)) == 0
+def _check_cells(totals: NDArray[np.float64], names: pd.Index) -> None:
+    empty = totals == 0
     if empty.any():
         raise InputError(
-            f"{int(empty.sum()):,} of {adata.n_obs:,} cells have no counts at all (first cell: "
-            f"{adata.obs_names[int(empty.argmax())]!r}), expected some in each; drop the empty cells (a raw/ folder "
+            f"{int(empty.sum()):,} of {len(names):,} cells have no counts at all (first cell: "
+            f"{names[int(empty.argmax())]!r}), expected some in each; drop the empty cells (a raw/ folder "
             "holds every barcode: take filtered/)."
         )
 

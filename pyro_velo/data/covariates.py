@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pyro_velo.data.checks import check_key
 from pyro_velo.errors import InputError
@@ -30,6 +32,11 @@ class Design:
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     columns: dict[str, slice] = field(default_factory=dict)
     batch_key: str | None = None
+
+    def tensors(self, device: str | torch.device) -> tuple[Tensor, Tensor | None]:
+        """The matrix and the groups as tensors."""
+        group = None if self.group is None else torch.from_numpy(self.group).to(device)
+        return torch.from_numpy(self.matrix).to(device), group
 
     def number_of(self, batch: str) -> int:
         """The number of an experimental batch; raises `InputError` for one that was not fitted."""

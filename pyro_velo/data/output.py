@@ -114,7 +114,7 @@ def check_writable(adata: AnnData) -> None:
         with h5py.File.in_memory() as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                write_elem(file, "trial", _categorical(trial) if isinstance(trial, pd.DataFrame) else trial)
+                write_elem(file, "trial", categorical(trial) if isinstance(trial, pd.DataFrame) else trial)
             except Exception as error:
                 raise InputError(
                     f"{what} can't be stored in an AnnData file, expected one type in it (text, numbers, booleans or "
@@ -134,8 +134,8 @@ def _shallow(adata: AnnData) -> AnnData:
     raw = None if adata.raw is None else {"X": adata.raw.X, "var": adata.raw.var.copy(), "varm": dict(adata.raw.varm)}
     return AnnData(
         X=adata.X,
-        obs=_categorical(adata.obs),
-        var=_categorical(adata.var),
+        obs=categorical(adata.obs),
+        var=categorical(adata.var),
         uns=dict(adata.uns),
         obsm=dict(adata.obsm),
         varm=dict(adata.varm),
@@ -146,7 +146,7 @@ def _shallow(adata: AnnData) -> AnnData:
     )
 
 
-def _categorical(frame: pd.DataFrame) -> pd.DataFrame:
+def categorical(frame: pd.DataFrame) -> pd.DataFrame:
     """A copy with text as categories, which store a missing label as such."""
     import pandas as pd
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from pyro_velo.data.anndata_keys import (
     TRUE_VELOCITY,
     UNSPLICED,
 )
+from pyro_velo.data.results import NewCSR, new_file, write_tables
+from pyro_velo.errors import InputError
 from pyro_velo.simulate import Batches, ClusterSimulation, Simulation
 
 LINEAGE, BATCH, SIMULATION = "lineage", "batch", "simulation"
@@ -47,6 +51,15 @@ def to_anndata(simulation: Simulation) -> AnnData:
     cells show of it.
     uns: `simulation`, the settings and the seed.
     """
+    adata = _known(simulation)
+    adata.X = _measured(simulation.spliced)
+    for name, values in _layers(simulation).items():
+        adata.layers[name] = values
+    return adata
+
+
+def _known(simulation: Simulation) -> AnnData:
+    """What is known of cells and genes, without a matrix."""
     obs = pd.DataFrame(
         {TRUE_TIME: simulation.true_t, TRUE_LIBRARY: simulation.library},
         index=[f"cell_{number}" for number in range(len(simulation.true_t))],
@@ -61,7 +74,7 @@ def to_anndata(simulation: Simulation) -> AnnData:
         },
         index=[f"gene_{number}" for number in range(len(simulation.true_alpha))],
     )
-    adata = AnnData(_measured(simulation.spliced), obs=obs, var=var, layers=_layers(simulation))
+    adata = AnnData(obs=obs, var=var)
     adata.uns[SIMULATION] = {"settings": _plain(simulation.settings), "seed": simulation.seed}
     if (simulation.true_gate > 0).any():
         adata.var[TRUE_GATE] = simulation.true_gate
@@ -77,6 +90,30 @@ def to_anndata(simulation: Simulation) -> AnnData:
     elif (simulation.true_onset > 0).any():
         adata.var[TRUE_ONSET] = simulation.true_onset[0]
     return adata
+
+
+def write_blocks(blocks: Iterable[Simulation], path: str | Path, overwrite: bool = False) -> None:
+    """Write simulated counts, block by block, to an `.h5ad` or `.zarr` file: what `to_anndata` says but true layers.
+
+    Memory: that of a block. Raises `InputError` for abundances, which are dense, and as `data.results.new_file` does.
+    """
+    with new_file(path, overwrite) as into:
+        obs: list[pd.DataFrame] = []
+        grown: dict[str, NewCSR] = {}
+        for block in blocks:
+            if not np.issubdtype(block.spliced.dtype, np.integer):
+                raise InputError("Expected counts to write block by block; got abundances. Choose a noise of counts.")
+            adata = _known(block)
+            obs.append(adata.obs)
+            for name, counts in ((SPLICED, block.spliced), (UNSPLICED, block.unspliced)):
+                if name not in grown:
+                    grown[name] = NewCSR(into["layers"], name, adata.n_vars, np.int32)
+                grown[name].append(_measured(counts))
+        for matrix in grown.values():
+            matrix.close()
+        cells = pd.concat(obs, ignore_index=True)
+        cells.index = pd.Index([f"cell_{number}" for number in range(len(cells))])
+        write_tables(into, cells, adata.var, dict(adata.uns))
 
 
 def clusters_to_anndata(simulation: ClusterSimulation) -> AnnData:

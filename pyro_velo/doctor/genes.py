@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_velo.batch import Data
+from pyro_velo.disk_profiles import AnyProfiles
 from pyro_velo.doctor import draws as taken
 from pyro_velo.evidence import computed_sites, conditions
 from pyro_velo.kinetics import T_MAX
 from pyro_velo.models.decoding import Decoding
-from pyro_velo.profiles import Profiles
 from pyro_velo.train import Fitted
 
 Array = NDArray[np.float64]
@@ -102,7 +102,7 @@ def _of_genes(site: taken.Site) -> bool:
 
 def numbers(cells: Data) -> int:
     """How many numbers are measured of a cell and gene: two molecules, or a profile."""
-    return 1 if isinstance(cells, Profiles) else 2
+    return 1 if isinstance(cells, AnyProfiles) else 2
 
 
 def _site(name: str, posterior: Tensor, prior: Any) -> Site | None:

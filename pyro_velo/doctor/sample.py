@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyro_velo import checkpoint
-from pyro_velo.batch import Batch, Cells, Counts
+from pyro_velo.batch import Batch, Cells, Counts, Resident
+from pyro_velo.disk import AnyCells
 from pyro_velo.doctor import balance, collapse, tightness
 from pyro_velo.doctor import draws as taken
 from pyro_velo.doctor.noise import noise_ratio
@@ -37,7 +37,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class SomeCells:
+class SomeCells(Resident[Batch]):
     """A data set of `n_all` cells of which some are there: `rows`, whose `numbers` (R,) among all are in order.
 
     A cell keeps its number. Raises `InputError` where another one is asked for.
@@ -71,11 +71,6 @@ class SomeCells:
             )
         return replace(self.rows.batch(place, self.n_all if n_cells is None else n_cells), index=index)
 
-    def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[Batch]:
-        """The cells with the numbers `index`, in that order, `size` at a time; the last batch may be smaller."""
-        for part in index.split(size):
-            yield self.batch(part, n_cells)
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -101,7 +96,7 @@ def looked_at(n_cells: int, held_out: float, seed: int) -> Tensor:
     return torch.cat((train_index[: balance.CELLS], held_index[: tightness.MAX_CELLS], some, first)).unique()
 
 
-def save(fitted: Fitted, cells: Cells, folder: str | Path, *, about: dict[str, Any]) -> None:
+def save(fitted: Fitted, cells: AnyCells, folder: str | Path, *, about: dict[str, Any]) -> None:
     """Keep what a diagnosis of a fit on `cells` needs in `folder`, whole or not at all.
 
     Of 820 cells at most, 8 bytes a cell and fitted gene (16 of counts). Nothing is kept of another program than the
@@ -179,17 +174,16 @@ def restored(model: VelocityModel, guide: Guide, training: Training, sample: Sam
     return Fitted(program, made, store, training)
 
 
-def _flatten(cells: Cells, numbers: Tensor) -> dict[str, Tensor]:
+def _flatten(cells: AnyCells, numbers: Tensor) -> dict[str, Tensor]:
     """The rows at `numbers`, and what all cells share."""
-    at = numbers.to(cells.device)
-    found = {"numbers": numbers, "molecules": cells.molecules[:, at], "ratio": torch.as_tensor(cells.ratio)}
-    if cells.counts is not None:
-        counts = cells.counts
-        found |= {"zero": counts.zero, "unit": counts.unit}
-        found |= {"size_factors": counts.size_factors[:, at], "scaled": counts.scaled[:, at]}
+    some = cells.among(numbers.to(cells.device))
+    found = {"numbers": numbers, "molecules": some.molecules, "ratio": torch.as_tensor(some.ratio)}
+    if some.counts is not None:
+        names = ("zero", "unit", "size_factors", "scaled")
+        found |= {name: getattr(some.counts, name) for name in names}
     for name in ("covariates", "group"):
-        if (value := getattr(cells, name)) is not None:
-            found[name] = value[at]
+        if (value := getattr(some, name)) is not None:
+            found[name] = value
     # Of every cell, 4 bytes each: programs look it up by number.
     return found if cells.order is None else found | {"order": cells.order}
 

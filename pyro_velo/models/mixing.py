@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_velo.assignments import Assignment
+from pyro_velo.disk_profiles import AnyProfiles
 from pyro_velo.errors import InputError
 from pyro_velo.gaussian_mixture import GaussianMixture
-from pyro_velo.profiles import UNKNOWN, ProfileBatch, Profiles
+from pyro_velo.profiles import UNKNOWN, ProfileBatch
 
 
-def check_clusters(n_clusters: int, cells: Profiles) -> None:
+def check_clusters(n_clusters: int, cells: AnyProfiles) -> None:
     """Raises `InputError` for a number of clusters that the cells can't have, and labels beyond it."""
     if not 1 <= n_clusters <= len(cells):
         raise InputError(f"Expected 1 to {len(cells)} clusters, as there are cells; got {n_clusters}. Choose fewer.")

@@ -33,7 +33,7 @@ from pyro_velo.simulate.process import (
     Process,
     SharedTime,
 )
-from pyro_velo.simulate.simulation import Settings, Simulation, simulate
+from pyro_velo.simulate.simulation import Settings, Simulation, simulate, simulate_in_blocks
 
 NOISES: dict[str, type[Noise]] = {
     "normal": Normal,
@@ -68,5 +68,6 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
     "simulate",
     "simulate_clusters",
+    "simulate_in_blocks",
     "simulate_poisson",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.random import Generator, SeedSequence
@@ -112,6 +113,20 @@ def simulate(n_cells: int = 1000, n_genes: int = 300, *, settings: Settings | No
     (True, 20.0)
     """
     n_cells = require_count("n_cells", n_cells, 1, "Ask for one cell at least.")
+    (whole,) = simulate_in_blocks(n_cells, n_genes, size=n_cells, settings=settings, seed=seed)
+    return whole
+
+
+def simulate_in_blocks(
+    n_cells: int, n_genes: int, *, size: int, settings: Settings | None = None, seed: int = 0
+) -> Iterator[Simulation]:
+    """As `simulate`, `size` cells at a time (the last block may be smaller), all of the same genes.
+
+    The truth is that of `simulate`; the noise of each block is drawn after that of the one before, and so are genes'
+    own times. Normal noise is in units of the block's own percentile. Memory: that of a block, and 24 bytes a cell.
+    """
+    n_cells = require_count("n_cells", n_cells, 1, "Ask for one cell at least.")
+    size = require_count("size", size, 1, "Ask for one cell at a time at least.")
     n_genes = require_count("n_genes", n_genes, 1, "Ask for one gene at least.")
     seed = require_count("seed", seed, 0, "Pass a seed such as 0.")
     settings = Settings() if settings is None else settings
@@ -121,31 +136,38 @@ def simulate(n_cells: int = 1000, n_genes: int = 300, *, settings: Settings | No
     rates = settings.kinetics.draw(n_genes, for_genes)
     onset, switch = process.draw(len(rates), for_genes)
     t, path = _cells(n_cells, len(onset), for_cells)
-    gene_t = settings.clock.gene_times(t, len(rates), for_clock)
-    gene_t = None if gene_t is None else process.fold(gene_t)
     if settings.stationary:
         onset, switch = np.full_like(onset, np.nan), np.full_like(switch, np.nan)
-        u, s = _steady(rates, n_cells)
-    else:
-        u, s = process.abundances(rates, onset[path], switch[path], t[:, None] if gene_t is None else gene_t)
     alpha, beta, gamma = rates.T.copy()
-    return Simulation(
-        **_measure(u, s, settings, for_noise, for_batches),
-        true_u=u,
-        true_s=s,
-        # In the steady state the difference would be that of rounding.
-        true_velocity=np.zeros_like(s) if settings.stationary else beta * u - gamma * s,
-        true_alpha=alpha,
-        true_beta=beta,
-        true_gamma=gamma,
-        true_onset=onset,
-        true_switch=switch,
-        true_t=t,
-        true_gene_t=gene_t,
-        lineage=process.labels(t, path),
-        settings=settings,
-        seed=seed,
-    )
+    batch = settings.batches.assign(n_cells, for_batches)
+    capture_u, capture_s = settings.batches.capture(len(rates), for_batches)
+    seen = _Seen(batch, capture_u, capture_s, settings.noise.library(n_cells, for_noise))
+    for start in range(0, n_cells, size):
+        rows = slice(start, start + size)
+        gene_t = settings.clock.gene_times(t[rows], len(rates), for_clock)
+        gene_t = None if gene_t is None else process.fold(gene_t)
+        if settings.stationary:
+            u, s = _steady(rates, len(t[rows]))
+        else:
+            times = t[rows, None] if gene_t is None else gene_t
+            u, s = process.abundances(rates, onset[path[rows]], switch[path[rows]], times)
+        yield Simulation(
+            **seen.among(rows).measure(u, s, settings.noise, for_noise),
+            true_u=u,
+            true_s=s,
+            # In the steady state the difference would be that of rounding.
+            true_velocity=np.zeros_like(s) if settings.stationary else beta * u - gamma * s,
+            true_alpha=alpha,
+            true_beta=beta,
+            true_gamma=gamma,
+            true_onset=onset,
+            true_switch=switch,
+            true_t=t[rows],
+            true_gene_t=gene_t,
+            lineage=process.labels(t[rows], path[rows]),
+            settings=settings,
+            seed=seed,
+        )
 
 
 def _cells(n_cells: int, n_paths: int, rng: Generator) -> tuple[Array, Array]:
@@ -160,18 +182,27 @@ def _steady(rates: Array, n_cells: int) -> tuple[Array, Array]:
     return np.tile(alpha / beta, (n_cells, 1)), np.tile(alpha / gamma, (n_cells, 1))
 
 
-def _measure(u: Array, s: Array, settings: Settings, for_noise: Generator, for_batches: Generator) -> dict[str, Array]:
-    """What is seen of the abundances, and of which library size, batch, capture and gate it is."""
-    noise, batches, (n_cells, n_genes) = settings.noise, settings.batches, u.shape
-    batch = batches.assign(n_cells, for_batches)
-    capture_u, capture_s = batches.capture(n_genes, for_batches)
-    library = noise.library(n_cells, for_noise)
-    return {
-        "unspliced": noise.observe(library[:, None] * capture_u[batch] * u, for_noise),
-        "spliced": noise.observe(library[:, None] * capture_s[batch] * s, for_noise),
-        "library": library,
-        "batch": np.array([f"batch_{number + 1}" for number in range(len(capture_u))])[batch],
-        "true_capture_u": capture_u,
-        "true_capture_s": capture_s,
-        "true_gate": noise.gates(n_genes),
-    }
+class _Seen(NamedTuple):
+    """How cells are seen: the batch (N,) of each, what each batch captures (B, G), library sizes (N,)."""
+
+    batch: Array
+    capture_u: Array
+    capture_s: Array
+    library: Array
+
+    def among(self, rows: slice) -> _Seen:
+        """Of some cells."""
+        return self._replace(batch=self.batch[rows], library=self.library[rows])
+
+    def measure(self, u: Array, s: Array, noise: Noise, for_noise: Generator) -> dict[str, Array]:
+        """What is seen of the abundances, and of which library size, batch, capture and gate it is."""
+        library = self.library[:, None]
+        return {
+            "unspliced": noise.observe(library * self.capture_u[self.batch] * u, for_noise),
+            "spliced": noise.observe(library * self.capture_s[self.batch] * s, for_noise),
+            "library": self.library,
+            "batch": np.array([f"batch_{number + 1}" for number in range(len(self.capture_u))])[self.batch],
+            "true_capture_u": self.capture_u,
+            "true_capture_s": self.capture_s,
+            "true_gate": noise.gates(u.shape[1]),
+        }
