@@ -129,8 +129,8 @@ def draw(lines: list[dict[str, Any]], picture: Path) -> None:
             some = sorted((line["cells"], line[key]) for line in lines if line["in_memory"] == in_memory)
             if some:
                 ax.plot(*zip(*some, strict=True), marker, label=name)
-        ax.set(xscale="log", xlabel="cells", ylabel=label, ylim=(0, None))
-    axes[1].legend(frameon=False)
+        ax.set(xscale="log", xlabel="cells", ylabel=label, ylim=(0, 1.15 * max(line[key] for line in lines)))
+    axes[0].legend(frameon=False)
     figure.savefig(picture, dpi=120)
 
 

@@ -28,6 +28,7 @@ from pyro_velo.preprocess import (
     check_differ,
     enough_shared,
     factors_of,
+    find_neighbours,
     log_normalised,
     most_variable,
     relative_to_neighbours,
@@ -187,8 +188,6 @@ def _graph(
     found: _Found,
 ) -> Any:
     """The tables of the chosen genes, with components, neighbours and, unless there is one, a UMAP."""
-    import scanpy as sc
-
     tables = file.tables()[:, genes].copy()
     mean, covariance = of_log
     n_pcs = min(settings.n_pcs, tables.n_obs - 1, tables.n_vars - 1)
@@ -202,8 +201,10 @@ def _graph(
         scores += np.log1p(scaled) @ vectors[block]
     tables.obsm["X_pca"], tables.varm["PCs"] = scores.astype(np.float32), vectors
     tables.uns["pca"] = {"variance": values, "variance_ratio": values / np.trace(covariance)}
-    sc.pp.neighbors(tables, settings.n_neighbors, n_pcs, use_rep="X_pca", random_state=settings.seed)
+    find_neighbours(tables, settings, n_pcs)
     if settings.umap and "X_umap" not in file.names("obsm"):
+        import scanpy as sc
+
         init = "spectral" if tables.n_obs > MIN_CELLS_SPECTRAL else "random"
         sc.tl.umap(tables, init_pos=init, random_state=settings.seed)
     tables.uns[keys.UNS] = {keys.UNS_PREPARE: {**asdict(settings), "n_pcs": n_pcs}}

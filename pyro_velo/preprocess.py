@@ -26,6 +26,8 @@ EXTREME_PERCENTILE = 95
 MIN_SLOPE = 0.01
 MIN_GENES = 2
 MIN_CELLS_SPECTRAL = 4
+APPROXIMATE_FROM = 8192
+"""Cells from which scanpy finds neighbours approximately."""
 SAME = 1e-5
 """Differences of log counts in float32 below which cells are the same."""
 CELLS_AT_ONCE = 2048
@@ -295,8 +297,41 @@ def _neighbour_graph(adata: AnnData, settings: PrepareSettings, log: sparse.csr_
         sc.pp.pca(adata, n_pcs, layer=LOG_NORMALISED, svd_solver="arpack", mask_var=None, random_state=settings.seed)
     finally:
         del adata.layers[LOG_NORMALISED]
-    sc.pp.neighbors(adata, settings.n_neighbors, n_pcs, use_rep="X_pca", random_state=settings.seed)
+    find_neighbours(adata, settings, n_pcs)
     return n_pcs
+
+
+def find_neighbours(adata: AnnData, settings: PrepareSettings, n_pcs: int) -> None:
+    """Scanpy's neighbours on `X_pca`: exact ones, and from `APPROXIMATE_FROM` cells on pynndescent's."""
+    import scanpy as sc
+
+    approximate = None if adata.n_obs < APPROXIMATE_FROM else _Approximate(adata.n_obs, settings)
+    sc.pp.neighbors(
+        adata, settings.n_neighbors, n_pcs, use_rep="X_pca", random_state=settings.seed, transformer=approximate
+    )
+
+
+class _Approximate:
+    """pynndescent with scanpy's settings; its csr_array as a matrix, because scanpy 1.11 asks it for `getnnz`."""
+
+    def __init__(self, n_cells: int, settings: PrepareSettings) -> None:
+        from pynndescent import PyNNDescentTransformer
+
+        self._found = PyNNDescentTransformer(
+            n_neighbors=settings.n_neighbors,
+            metric="euclidean",
+            random_state=settings.seed,
+            n_trees=min(64, 5 + round(n_cells**0.5 / 20)),
+            n_iters=max(5, round(np.log2(n_cells))),
+        )
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """What scanpy asks for: the number of neighbours among them."""
+        return dict(self._found.get_params(deep))
+
+    def fit_transform(self, x: NDArray[Any]) -> sparse.csr_matrix:
+        """Distances to the neighbours of each row, (cells, cells)."""
+        return sparse.csr_matrix(self._found.fit_transform(x))
 
 
 def log_normalised(counts: Any, factors: NDArray[np.float64]) -> sparse.csr_matrix:

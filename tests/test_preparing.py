@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import sparse
 
 import pyro_velo as pv
-from pyro_velo import preparing, simulate
+from pyro_velo import preparing, preprocess, simulate
 from pyro_velo.data import stored as stored_module
 from pyro_velo.data.output import write_whole
 from pyro_velo.data.simulated import to_anndata, write_blocks
@@ -143,3 +143,14 @@ def test_blocks_of_a_simulation_share_genes_and_truth(tmp_path):
     assert list(found.var_names) == list(expected.var_names)
     with pytest.raises(InputError, match="Expected counts"):
         write_blocks(simulate.simulate_in_blocks(5, 5, size=5), tmp_path / "abundances.h5ad")
+
+
+@pytest.mark.slow
+def test_approximate_neighbours_are_nearly_the_exact_ones(adata, monkeypatch):
+    """scanpy takes them from 8,192 cells on."""
+    exact, found = adata.copy(), adata.copy()
+    prepare(exact, SETTINGS)
+    monkeypatch.setattr(preprocess, "APPROXIMATE_FROM", 100)
+    prepare(found, SETTINGS)
+    one, other = (each.obsp["distances"].toarray() > 0 for each in (exact, found))
+    assert (one & other).sum() > 0.95 * one.sum()
