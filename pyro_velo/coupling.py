@@ -56,6 +56,8 @@ STRIDE, SHORTEST = 0.7, 0.15
 """The share of Newton's steps that is taken at first, and the least, at which the search ends."""
 PAIRS = 4
 """Draws of rates and warps, each with its mirror image, that a bound is the mean of."""
+CLOCKS, BETTER = 100, 1.0
+"""Times, equally far apart, at which every cell is looked for, and by how many nats one must be better than its own."""
 CELLS_GENES_AT_ONCE = 128 * 1024
 LARGEST_STEP, LARGEST_STEPS = 0.3, 3.0
 """Of the clock in a round, in sds of its prior; and of rates, in their own."""
@@ -71,6 +73,8 @@ def applies(fitted: Fitted) -> bool:
 
 def couple(fitted: Fitted, cells: Cells, *, seed: int = 0, progress: bool | None = None) -> Fitted:
     """The same fit with rates and clock coupled, where `applies`; any other comes back as it is.
+
+    Before the search every cell is looked for at all times (`Search.seek`).
 
     Rates are informed by the training cells alone. `fitted` stays as it is, and so does a fit that Newton's steps do
     not improve, with a warning. Memory does not grow with the number of cells, but for a few numbers each.
@@ -141,6 +145,7 @@ class Search:
 
         The covariance that is left is that at the means.
         """
+        self.seek()
         best, kept, climbed = self.bound(), self._state(), False
         hidden = None if progress is None else not progress
         for _ in tqdm(range(LOOKS), desc="coupling", disable=hidden, leave=False):
@@ -155,6 +160,35 @@ class Search:
         if climbed:
             self.covariance = self._at_means().covariance()
         return climbed
+
+    def seek(self) -> None:
+        """Put cells whose genes say, at the means of their rates, that they are elsewhere in time there.
+
+        An encoder takes a cell for one that looks like it. At the end of a process all genes may be as silent as at its
+        beginning, and from the wrong end no gradient leads to the right one: a few such cells, in a gap of time of
+        their own, make all others' rates too fast.
+        """
+        clocks = torch.special.ndtri((torch.arange(CLOCKS).to(self.place) + 0.5) / CLOCKS)
+        found = self.place.clone()
+        with torch.no_grad():
+            for batch in self._batches():
+                here = self.place[batch.index]
+                there = here.repeat(CLOCKS, 1, 1)
+                there[..., 0] = clocks[:, None]
+                log_joint = torch.stack([self._log_joint(place, batch) for place in (here, *there)])
+                gain, best = (log_joint[1:] - log_joint[0]).max(0)
+                nearest = there[best, torch.arange(len(best))]
+                found[batch.index] = torch.where(gain[:, None] > BETTER, nearest, here)
+        self.place = found
+
+    def _log_joint(self, place: Tensor, batch: Batch) -> Tensor:
+        """Log p(u, s, place) of cells at the means of the rates, (B,) float64."""
+        z, program = self._placed(place, batch), self.program
+        drawn = poutine.trace(self.fitted.guide.cells).get_trace(batch, dist.Delta(z[:, None], event_dim=1))
+        values = self.genes.values(self.x.to(z)) | {"pi": drawn.nodes["pi"]["value"], "z": z[:, None]}
+        log_p = posterior_of_states(program.explain(values, batch).log_joint)[1]
+        log_latent = program.recipe.priors.latent.log_prob(z[:, self.shared])
+        return log_p.sum(1, dtype=torch.float64) + log_latent.sum(1, dtype=torch.float64)
 
     def _after_rounds(self) -> float:
         """The bound some rounds later; without a covariance there is none."""

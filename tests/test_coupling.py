@@ -17,7 +17,7 @@ import pyro_velo as pv
 from pyro_velo import simulate
 from pyro_velo.batch import Cells
 from pyro_velo.coupled_rates import CoupledRates, Genes, bends
-from pyro_velo.coupling import ENOUGH, LOOKS, SHORTEST, STRIDE, Information, Search, applies, couple, scores
+from pyro_velo.coupling import CLOCKS, ENOUGH, LOOKS, SHORTEST, STRIDE, Information, Search, applies, couple, scores
 from pyro_velo.evidence import evidence
 from pyro_velo.fitting import Fit
 from pyro_velo.guides import WARP, Amortized
@@ -194,6 +194,31 @@ def test_a_cell_that_has_settled_stays(double: None) -> None:
         search._move_cells(torch.zeros_like(place), more.expand_as(root))
         found = torch.linalg.inv(root) @ search.root @ search.root.mT @ torch.linalg.inv(root).mT
         torch.testing.assert_close(found, torch.linalg.inv((more + torch.eye(2)) / 2).expand_as(found))
+
+
+@pytest.mark.parametrize("inferred", [False, True], ids=["known sizes", "inferred sizes"])
+def test_cells_at_the_wrong_end_of_time_are_brought_back_and_the_others_stay(inferred: bool) -> None:
+    cells, model = (counted_cells(80, 20), COUNTED) if inferred else (small_cells(150, 20), SHARED)
+    fitted = train(model, GUIDE, cells, settings=settings(max_epochs=1), progress=False)
+    with fitted.parameters():
+        search = Search(fitted, cells)
+        search.seek()
+        settled = search.place
+        before = torch.cat([search._log_joint(settled[batch.index], batch) for batch in search._batches()])
+        # What is left to gain is less than what it takes to move.
+        search.seek()
+        assert (search.place == settled).all()
+        lost = torch.arange(0, len(cells), 7)
+        search.place = settled.clone()
+        search.place[lost, 0] = 2.5 * torch.where(settled[lost, 0] > 0, -1.0, 1.0).double()
+        search.seek()
+        after = torch.cat([search._log_joint(search.place[batch.index], batch) for batch in search._batches()])
+    others = torch.ones(len(cells), dtype=torch.bool).index_fill(0, lost, False)
+    assert (search.place[others] == settled[others]).all()
+    # A cell is found within a step of the times at which it is looked for.
+    grid = torch.special.ndtr(search.place[lost, 0]) * CLOCKS
+    torch.testing.assert_close(grid % 1, torch.full_like(grid, 0.5), rtol=0.0, atol=1e-6)
+    assert (search.place[:, 1:] == settled[:, 1:]).all() and after[lost].mean() > before[lost].mean() - 5.0
 
 
 def test_the_prior_is_the_models(double: None, alone: Fitted) -> None:
