@@ -50,7 +50,22 @@ def fusing(elements: int, device: torch.device) -> Iterator[None]:
 
 def fuses() -> bool:
     """Whether a `fusible` function that is called now is compiled."""
-    return not torch.compiler.is_compiling() and _PAYS.get() and torch.is_grad_enabled()
+    return pays() and torch.is_grad_enabled()
+
+
+def pays() -> bool:
+    """Whether it is called within `fusing`, and enough will go through it, be it with a gradient or without."""
+    return not torch.compiler.is_compiling() and _PAYS.get()
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Within it nothing is compiled: for looks at what a fused function does not tell apart."""
+    token = _PAYS.set(False)
+    try:
+        yield
+    finally:
+        _PAYS.reset(token)
 
 
 def fusible(function: Callable[..., Result]) -> Callable[..., Result]:

@@ -80,6 +80,15 @@ def negative_binomial_log_density(x: Tensor, mean: Tensor, dispersion: Tensor) -
     return _negative_binomial(x, mean, dispersion)[0]
 
 
+def negative_binomial_with_slopes(x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and its derivatives by the mean and by the dispersion r, all in one pass and without autograd.
+
+    x and mean (..., G), r (G,); three times (..., G).
+    """
+    value, flat = _negative_binomial(x, mean, r)
+    return value, _nb_by_mean(x, mean, r), _nb_by_r_at_itself(x, r) + flat
+
+
 def zero_inflated(log_prob: Tensor, x: Tensor, gate_logits: Tensor) -> Tensor:
     r"""$\log(\pi [x = 0] + (1 - \pi) p(x))$ of a base's log p(x), $\pi$ the gate's sigmoid; the three broadcast.
 
@@ -252,8 +261,9 @@ class _PoissonLogDensity(torch.autograd.Function):
 
 def _poisson(x: Tensor, mean: Tensor) -> Tensor:
     count = x.clamp_min(_NO_COUNT)
-    at_itself = (count * (2 * math.pi)).log_().mul_(-0.5).sub_(stirling_series(count)).mul_(x.sign())
-    t = mean.clamp_min(LEAST_MEAN) * count.reciprocal()
+    inverse = count.reciprocal()
+    at_itself = (count * (2 * math.pi)).log_().mul_(-0.5).sub_(stirling_series(count, inverse)).mul_(x.sign())
+    t = mean.clamp_min(LEAST_MEAN) * inverse
     return torch.addcmul(at_itself, count, _flat_at_one(t))
 
 
@@ -276,15 +286,11 @@ class _NegativeBinomialLogDensity(torch.autograd.Function):
         (grad,), (x, mean, r, flat) = grads, ctx.saved_tensors
         by_mean = by_r = None
         if ctx.needs_input_grad[1]:
-            above = mean.clamp_min(LEAST_MEAN)
-            by_mean = (x - above).div_(above).mul_(r / (above + r)).mul_(grad).sum_to_size(mean.shape)
+            by_mean = _nb_by_mean(x, mean, r).mul_(grad).sum_to_size(mean.shape)
         if ctx.needs_input_grad[2]:
             # f(p), as the value is stationary in p and w, and what the terms in x and r alone add, once for all states.
-            total = x + r
-            at_itself = (
-                (x / total).div_(2 * r).add_(stirling_series_slope(total)).sub_(stirling_slope(r)).mul_(x.sign())
-            )
-            at_itself.mul_(grad.sum_to_size(total.shape))
+            at_itself = _nb_by_r_at_itself(x, r)
+            at_itself.mul_(grad.sum_to_size(at_itself.shape))
             by_r = summed_to(r.shape, grad * flat) + summed_to(r.shape, at_itself)
         return None, by_mean, by_r
 
@@ -292,13 +298,26 @@ class _NegativeBinomialLogDensity(torch.autograd.Function):
 def _negative_binomial(x: Tensor, mean: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """The log-probability, and f(p)."""
     count, total, mean = x.clamp_min(_NO_COUNT), x + r, mean.clamp_min(LEAST_MEAN)
-    inverse = count.reciprocal()
-    at_itself = (r / total).mul_(inverse).mul_(1 / (2 * math.pi)).log_().mul_(0.5)
-    at_itself.add_(stirling_series(total)).sub_(stirling_error(r)).sub_(stirling_series(count)).mul_(x.sign())
-    p = total / (mean + r)
+    inverse, over = count.reciprocal(), total.reciprocal()
+    at_itself = (r * over).mul_(inverse).mul_(1 / (2 * math.pi)).log_().mul_(0.5)
+    at_itself.add_(stirling_series(total, over)).sub_(stirling_error(r))
+    at_itself.sub_(stirling_series(count, inverse)).mul_(x.sign())
+    p = total * (mean + r).reciprocal()
     w = (p * mean).mul_(inverse)
     flat = _flat_at_one(p)
     return torch.addcmul(at_itself, count, _flat_at_one(w)).addcmul_(r, flat), flat
+
+
+def _nb_by_mean(x: Tensor, mean: Tensor, r: Tensor) -> Tensor:
+    above = mean.clamp_min(LEAST_MEAN)
+    return (x - above).div_(above).mul_(r * (above + r).reciprocal())
+
+
+def _nb_by_r_at_itself(x: Tensor, r: Tensor) -> Tensor:
+    """The derivative by r of the terms that hang on x and r alone."""
+    total = x + r
+    over = total.reciprocal()
+    return (x * over).mul_(0.5 / r).add_(stirling_series_slope(total, over)).sub_(stirling_slope(r)).mul_(x.sign())
 
 
 class _ZeroInflated(torch.autograd.Function):

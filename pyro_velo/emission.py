@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from pyro_velo.compiled import fusible
+from pyro_velo.densities import negative_binomial_with_slopes
 from pyro_velo.errors import InputError
-from pyro_velo.likelihoods import Likelihood
+from pyro_velo.likelihoods import NB, Likelihood
 from pyro_velo.profiles import ProfileBatch, Profiles
 
 STRAIGHT = 7.0
@@ -80,11 +84,56 @@ class Emission(nn.Module):
         values = {name: start + moved[name] if name in moved else start for name, start in self.start.items()}
         return self.likelihood(self.mean(mean, batch), {name: self._value(name, v) for name, v in values.items()})
 
+    @property
+    def has_slopes(self) -> bool:
+        """Whether `log_density_of_cells` knows its gradient: of NB counts with a dispersion for each gene."""
+        return type(self.likelihood) is NB and not self.decoded
+
+    def log_density_of_cells(self, outputs: Tensor, batch: ProfileBatch) -> Tensor:
+        """Log p(x) summed over genes, (..., B), of outputs (1, ..., B, G), where it `has_slopes`.
+
+        One pass over memory gives value and slopes: autograd's way back would compute most of the value again.
+        """
+        r = self._value("dispersion", self.start["dispersion"])
+        # Not outputs[0], whose gradient would be copied into zeros.
+        output = outputs.squeeze(0)
+        # What is compiled for steps serves looks, too.
+        with torch.enable_grad():
+            found = _counts_with_slopes(output.detach(), batch.size_factors, self.unit, batch.x, r.detach())
+        return _Sloped.apply(output, r, *found)
+
     def _value(self, name: str, value: Tensor) -> Tensor:
         # A gate is a logit, the others are positive; a noise is in units of the gene's sd.
         if name == "gate":
             return value
         return straightened_exp(value) * (self.unit if name == "noise" else 1.0)
+
+
+@fusible
+def _counts_with_slopes(
+    output: Tensor, size: Tensor, unit: Tensor, x: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log NB(x) by cell (..., B), and its derivatives by the output and by the dispersion r, (..., B, G)."""
+    slope = size * (unit * torch.exp(output.clamp_max(STRAIGHT)))
+    mean = slope * (1 + (output - STRAIGHT).clamp_min(0))
+    value, by_mean, by_r = negative_binomial_with_slopes(x, mean, r)
+    return value.sum(-1), by_mean * slope, by_r
+
+
+class _Sloped(torch.autograd.Function):
+    """A value of cells (..., B) whose derivatives by the output (..., B, G) and by r (G,) are known."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, r: Tensor, value: Tensor, by_output: Tensor, by_r: Tensor) -> Tensor:
+        ctx.save_for_backward(by_output, by_r)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (by_output, by_r) = grads, ctx.saved_tensors
+        # In place: a second way back through it is an error of torch's, and not a wrong number.
+        return by_output.mul_(grad.unsqueeze(-1)), grad.flatten() @ by_r.flatten(0, -2), None, None, None
 
 
 def check_suits(likelihood: Likelihood, cells: Profiles) -> None:

@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_velo.batch import Minibatch
+from pyro_velo.compiled import unfused
 from pyro_velo.errors import FitError
 
 
@@ -49,7 +50,7 @@ def blame(model: Callable, guide: Callable, batch: Minibatch, values: Mapping[st
     # An encoder spreads one bad gene over the whole cell, so the data is looked at before any site.
     if not torch.isfinite(measured).all():
         return Culprit(f"the data (site {batch.site!r})", _gene(measured, n_genes))
-    with torch.no_grad():
+    with torch.no_grad(), unfused():
         guide_trace = poutine.trace(guide).get_trace(batch)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(batch)
         for part, trace in (("guide", guide_trace), ("model", model_trace)):

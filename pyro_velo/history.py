@@ -13,11 +13,11 @@ class History:
 
     `held_out` is at KL weight 1 without penalties; `train` is the objective that was climbed, at the weight
     `kl_weight`. `objective` is what looks are compared by, on the same cells with the same noise: the bound at the KL
-    weight and with the free bits that the schedule ends with, without penalties, whatever the weight was at that look;
-    the same as `held_out` where these are 1 and 0. `terms` has the summands of the ELBO at weight 1 by name, of the
-    `held_out` cells and of as many `train` cells (the same at every look): `kl_...` are taken off the others,
-    `..._penalty` are no part of it. It is empty where the ELBO that was climbed is not one that `doctor.terms` takes
-    apart: `Trace_ELBO` with one particle, or `TraceMeanField_ELBO` with a guide that draws each site by itself.
+    weight, with the free bits and with the penalties that the schedule ends with, whatever the weight was at that
+    look; the same as `held_out` where these are 1, 0 and none. `terms` has the summands of the ELBO at weight 1 by
+    name, of the `held_out` cells and of as many `train` cells (the same at every look): `kl_...` are taken off the
+    others, `..._penalty` are no part of it. It is empty where the ELBO that was climbed is not one that `doctor.terms`
+    takes apart: `Trace_ELBO` with one particle, or `TraceMeanField_ELBO` with a guide that draws each site by itself.
     """
 
     epoch: list[int] = field(default_factory=list)

@@ -42,7 +42,7 @@ class ProfileBatch:
     @property
     def seen(self) -> Tensor:
         """What an encoder looks at: the profile (counts: log1p of normalised ones) and the covariates, (B, G+C)."""
-        x = self.x if self.size_factors is None else torch.log1p(self.x / self.size_factors)
+        x = self.x if self.size_factors is None else (self.x / self.size_factors).log1p_()
         return self.conditioned(x)
 
     def conditioned(self, z: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Profiles(Resident[ProfileBatch]):
     def batch(self, index: Tensor, n_cells: int | None = None) -> ProfileBatch:
         """The cells at `index` (B,); `n_cells` is what the batch stands for (all cells, if not said)."""
         rest = (None if given is None else given[index] for given in (self.size_factors, self.covariates, self.labels))
-        return ProfileBatch(self.x[index], index, len(self) if n_cells is None else n_cells, *rest)
+        return ProfileBatch(self.x.index_select(0, index), index, len(self) if n_cells is None else n_cells, *rest)
 
 
 def sizes_of(totals: Tensor, among: Tensor) -> Tensor:

@@ -56,6 +56,18 @@ class WithoutPenalties(Messenger):
             msg["mask"] = False
 
 
+class LastingPenalties(Messenger):
+    """Notes the `names` of penalties that are not annealed: what is climbed at the end is not the ELBO alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = set[str]()
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["infer"].get("penalty") is False:
+            self.names.add(msg["name"])
+
+
 def _of_cells(msg: dict[str, Any]) -> bool:
     return any(frame.name == "cells" for frame in msg["cond_indep_stack"])
 
@@ -156,14 +168,14 @@ class Warmup:
 
     @property
     def ends_with_elbo(self) -> bool:
-        """Whether what is climbed at the end is the ELBO itself: no beta, and no free bits."""
+        """Whether the ELBO itself is climbed at the end, where no penalty stays: no beta, and no free bits."""
         return self.beta == 1 and not self.free_bits
 
     @contextmanager
     def settled_at(self) -> Iterator[None]:
-        """Within it, programs are scored at weight `beta` with `free_bits`, without penalties: the final objective."""
+        """Within it, programs are scored by the final objective: weight `beta`, `free_bits`, penalties that stay."""
         floor = FreeBits(self.free_bits) if self.free_bits else nullcontext()
-        with WithoutPenalties(), KLWeight(self.beta, 0.0), floor:
+        with KLWeight(self.beta, 0.0), floor:
             yield
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -29,14 +30,17 @@ def stirling_error(z: Tensor) -> Tensor:
 
     Stieltjes' continued fraction (Abramowitz & Stegun 1964, 6.1.48), and below 1 that of z + 1.
     """
-    step = (z + 0.5) * torch.log1p(1 / z) - 1
-    return torch.where(z < 1, step + stirling_series(z + 1), stirling_series(z.clamp_min(1)))
+    step, from_1 = (z + 0.5) * torch.log1p(1 / z) - 1, z.clamp_min(1)
+    below = step + stirling_series(z + 1, 1 / (z + 1))
+    return torch.where(z < 1, below, stirling_series(from_1, 1 / from_1))
 
 
 def stirling_slope(z: Tensor) -> Tensor:
     r"""$\delta'(z) = \psi(z) - \log z + 1/(2z)$ for z > 0, without a gradient; see `stirling_error`."""
     step = torch.log1p(1 / z) - (z + 0.5) / (z * (z + 1))
-    return torch.where(z < 1, step + stirling_series_slope(z + 1), stirling_series_slope(z.clamp_min(1)))
+    from_1 = z.clamp_min(1)
+    below = step + stirling_series_slope(z + 1, 1 / (z + 1))
+    return torch.where(z < 1, below, stirling_series_slope(from_1, 1 / from_1))
 
 
 class _GammaFunctions(torch.autograd.Function):
@@ -123,26 +127,59 @@ _LARGE = 16.0
 """Where the fractions are as good as float64; below, in float64, nothing cancels that matters."""
 
 
-def stirling_series(z: Tensor) -> Tensor:
-    """For z >= 1; finite for all z > 0."""
+def stirling_series(z: Tensor, inverse: Tensor) -> Tensor:
+    """For z >= 1, whose `inverse` is at hand; finite for all z > 0."""
     if z.dtype != torch.float64:
-        return _fraction(z, z, _STIELTJES_FROM_1, _STIELTJES_TAIL)
+        t = inverse.clamp_max(1)
+        return _ratio(t, *_SERIES).mul_(t)
     small = torch.lgamma(z) - (z - 0.5) * z.log() + z - math.log(2 * math.pi) / 2
-    return torch.where(z < _LARGE, small, _fraction(z, z, _STIELTJES, 0.0))
+    return torch.where(z < _LARGE, small, _fraction(z, z, _STIELTJES))
 
 
-def stirling_series_slope(z: Tensor) -> Tensor:
-    """For z >= 1; finite for all z > 0. The coefficients are those of the asymptotic series (6.3.18) as a fraction."""
-    square, one = z * z, z.new_ones(())
+def stirling_series_slope(z: Tensor, inverse: Tensor) -> Tensor:
+    """As `stirling_series`. The coefficients are those of the asymptotic series (6.3.18) as a fraction."""
     if z.dtype != torch.float64:
-        return _fraction(square, one, _SLOPE_FROM_1, _SLOPE_TAIL).neg_()
+        t = inverse.clamp_max(1).square()
+        return _ratio(t, *_SERIES_SLOPE).mul_(t).neg_()
     small = torch.digamma(z) - z.log() + 0.5 / z
-    return torch.where(z < _LARGE, small, -_fraction(square, one, _SLOPE, 0.0))
+    return torch.where(z < _LARGE, small, -_fraction(z * z, z.new_ones(()), _SLOPE))
 
 
-def _fraction(y: Tensor, other: Tensor, levels: Sequence[float], tail: float) -> Tensor:
-    """1/12 / (y + c_1 / (other + c_2 / (y + ... / (y + tail)))), a pass over memory for each level."""
-    one, below = y.new_ones(()), y + tail
+def _fraction(y: Tensor, other: Tensor, levels: Sequence[float]) -> Tensor:
+    """1/12 / (y + c_1 / (other + c_2 / (y + ... / y))), a pass over memory for each level."""
+    one, below = y.new_ones(()), y
     for k in range(len(levels), 0, -1):
         below = torch.addcdiv(y if k % 2 else other, one, below, value=levels[k - 1])
     return below.reciprocal_().mul_(1 / 12)
+
+
+def _as_ratio(levels: Sequence[float], tail: float, power: int) -> tuple[list[float], list[float]]:
+    r"""Such a fraction, its last y made y + `tail`, as t A(t) / B(t) with a single division; powers of t rise.
+
+    With `other` = y and t = 1/y a level c makes $y B/A$ into $y + c A / (y B) = y (B + c t^2 A) / B$: `power` 2. With
+    `other` = 1 it makes $B + c t A$ of B either way: `power` 1.
+    """
+    above, below = [1 / 12], [1 / 12, tail / 12]
+    for level in reversed(levels):
+        shifted = [0.0] * power + [level * each for each in above]
+        above, below = below, [a + b for a, b in zip_longest(below, shifted, fillvalue=0.0)]
+    return above, [12 * each for each in below]
+
+
+_SERIES = _as_ratio(_STIELTJES_FROM_1, _STIELTJES_TAIL, 2)
+
+
+_SERIES_SLOPE = _as_ratio(_SLOPE_FROM_1, _SLOPE_TAIL, 1)
+
+
+def _ratio(t: Tensor, above: Sequence[float], below: Sequence[float]) -> Tensor:
+    """A(t) / B(t)."""
+    return _polynomial(t, above).div_(_polynomial(t, below))
+
+
+def _polynomial(t: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Lowest powers first."""
+    *rest, value = (t.new_full((), each) for each in coefficients)
+    for each in reversed(rest):
+        value = torch.addcmul(each, value, t)
+    return value

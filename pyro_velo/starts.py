@@ -32,8 +32,9 @@ class StartSettings:
 
     Attributes:
         vae_steps: gradient steps of the VAE. restarts: mixtures that are gone on from, each from means of its own; the
-        held-out bound chooses. inits: EM runs for each of them, of which the likeliest is taken. over: components of
-        EM for each cluster asked for; those too many are merged, nearest first (1: EM finds the clusters themselves).
+        held-out bound chooses. inits: EM runs for each of them, of which the likeliest is taken, or searches for
+        communities, of which the one of the highest modularity is. over: components of EM for each cluster asked for;
+        those too many are merged, nearest first (1: EM finds the clusters themselves).
         neighbours: of each cell in the graph whose communities the clusters start from, or along which labels spread,
         in place of EM (0: EM); for groups that are no ellipses. It joins cells that are near in the latent space, and,
         where nothing else is told of them, in the principal components of what the encoder sees.

@@ -32,7 +32,7 @@ from pyro_velo.history import History as History
 from pyro_velo.models.base import Model
 from pyro_velo.optimizer import step_together
 from pyro_velo.processes import ALONE, Noise, Team, team
-from pyro_velo.schedule import Plateau, Warmup
+from pyro_velo.schedule import LastingPenalties, Plateau, Warmup
 
 Guide = Callable[[nn.Module], Any]
 OnEvaluation = Callable[["Training"], None]
@@ -54,8 +54,9 @@ class TrainSettings:
         it does so, in equal parts of the run (Fu et al. 2019: 4, with a warmup of 0.5). free_bits: nats that each
         latent dimension of a cell may cost for free; 0: none (`schedule.FreeBits`). The held-out ELBO knows none of
         the three. The parameters that are kept are those of the look at the held-out cells with the best final
-        objective: the ELBO with the KL at `beta` and with `free_bits`, whatever the weight was at that look. So a look
-        from a phase of low weight is kept only where it is the best at the weight that the schedule ends with.
+        objective: the ELBO with the KL at `beta`, with `free_bits` and with the penalties that stay (that of known
+        labels), whatever the weight was at that look. So a look from a phase of low weight is kept only where it is the
+        best at the weight that the schedule ends with.
     """
 
     max_epochs: int | None = None
@@ -265,8 +266,9 @@ class _Loop:
     def _create_parameters(self) -> None:
         """Run one batch, because guides create parameters lazily; then put the parameters of a resumed run in place."""
         batch = self.cells.batch(self._on_device(self.train_index[: self.settings.batch_size]), self.n_train)
-        with torch.no_grad():
+        with torch.no_grad(), LastingPenalties() as lasting:
             self.svi.loss(self.svi.model, self.svi.guide, batch)
+        self.ends_with_elbo = self.warmup.ends_with_elbo and not lasting.names
         if self.closed and self.has_terms:
             with torch.no_grad():
                 self.has_terms = not draws_together(self.svi.guide, self.svi.model, batch)
@@ -331,7 +333,7 @@ class _Loop:
             terms = self._summed(own)
             self.state.history.note_terms("held_out", terms)
             self.state.history.note_terms("train", self._train_terms() if len(self.held_index) else terms)
-        if self.warmup.ends_with_elbo:
+        if self.ends_with_elbo:
             return elbo, elbo
         with self.warmup.settled_at():
             return elbo, self._held_out(step, lambda batch, _: self.svi.loss(self.svi.model, self.svi.guide, batch))

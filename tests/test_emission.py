@@ -56,6 +56,28 @@ def test_log_odds_give_probabilities_that_sum_to_one_and_lose_nothing_where_they
     assert_close(p.log_prob(torch.tensor([1.0, 1, 1, 0])), torch.tensor([-30.0, -1.3132617, -0.6931472, -30.0]))
 
 
+def test_the_slopes_of_counts_are_those_of_their_density_on_either_side_of_the_straight_line(double: None) -> None:
+    cells = profiles("nb")
+    emission, batch = Emission(NB(), cells), cells.batch(torch.arange(len(cells)))
+    outputs = torch.linspace(-9, STRAIGHT + 5, len(cells) * cells.n_genes).reshape(1, len(cells), cells.n_genes)
+    weights, found = torch.linspace(-1, 2, len(cells)), []
+    for density in (
+        lambda o: emission.log_density_of_cells(o, batch),
+        lambda o: emission(o, batch).log_prob(batch.x).sum(-1),
+    ):
+        o = outputs.clone().requires_grad_()
+        value = density(o)
+        found.append((value, *torch.autograd.grad((weights * value).sum(), (o, emission.start["dispersion"]))))
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, slack=100)
+
+
+def test_only_of_negative_binomial_counts_are_slopes_known() -> None:
+    for name, make in PROFILE_LIKELIHOODS.items():
+        assert Emission(make(), profiles(name)).has_slopes == (name == "nb")
+    assert not Emission(NB(), profiles("nb"), ("dispersion",)).has_slopes
+
+
 @everyone
 def test_a_decoded_parameter_moves_for_each_cell_and_one_of_zero_not_at_all(name: str, double: None) -> None:
     likelihood, cells = PROFILE_LIKELIHOODS[name](), profiles(name)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from small import GUIDE, MODEL, differing, settings, small_cells, small_fit
 from tolerances import assert_close
 from torch import Tensor
@@ -15,7 +18,8 @@ from pyro_velo import compiled as module
 from pyro_velo.batch import Cells, Counts
 from pyro_velo.compiled import fuses, fusible, fusing, spread
 from pyro_velo.densities import _CensoredNormalLogDensity, _FusedCensoredNormalLogDensity
-from pyro_velo.encoders import Encoder
+from pyro_velo.encoders import Encoder, PerCluster
+from pyro_velo.forensics import blame
 from pyro_velo.library import Inferred
 from pyro_velo.likelihoods import LIKELIHOODS, PROFILE_LIKELIHOODS
 from pyro_velo.models.vae import VAE
@@ -102,25 +106,25 @@ def test_a_censored_density_is_the_same_without_picking_zeros(double):
 # Every part, in the programs
 
 
-def gradients(cells, model, guide, much: int) -> dict[str, Tensor]:
+def gradients(cells, model, guide, much: int, elbo: Callable[[], ELBO] = Trace_ELBO) -> dict[str, Tensor]:
     """The loss and its gradient by each parameter, at one batch and one draw."""
     with apart(cells, 0):
         program = model.build(cells)
         parts = [per_cell(part, len(cells)) for part in (program, guide(program))]
         batch = cells.batch(torch.arange(0, len(cells), 2), len(cells))
-        Trace_ELBO().loss(*parts, batch)
+        elbo().loss(*parts, batch)
         torch.manual_seed(1)
         with poutine.trace(param_only=True) as capture, fusing(much, CPU):
-            loss = Trace_ELBO().loss_and_grads(*parts, batch)
+            loss = elbo().loss_and_grads(*parts, batch)
         values = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
         found = {name: value.grad for name, value in values.items() if value.grad is not None}
         return found | {"loss": torch.tensor(loss, dtype=torch.float64)}
 
 
-def assert_the_same(cells, model, guide, tolerance: float) -> None:
+def assert_the_same(cells, model, guide, tolerance: float, elbo: Callable[[], ELBO] = Trace_ELBO) -> None:
     counters = torch._dynamo.utils.counters
     counters.clear()
-    plain, fused = (gradients(cells, model, guide, much) for much in (0, MUCH))
+    plain, fused = (gradients(cells, model, guide, much, elbo) for much in (0, MUCH))
     assert not counters["graph_break"], "compiled in pieces"
     assert plain.keys() == fused.keys()
     for name, value in plain.items():
@@ -172,6 +176,24 @@ def test_a_fused_step_of_an_autoencoder_has_the_gradients_of_a_plain_one(name, d
         cells = Profiles.of_counts(counts) if likelihood.counts else Profiles(counts)
     decoded = likelihood.parameters[-1:] if name == "zinb" else ()
     assert_the_same(cells, VAE(likelihood, 2, (8,), decoded), Encoder((8,)), 1e-10)
+
+
+@pytest.mark.slow
+def test_a_fused_step_sums_over_every_cluster_as_a_plain_one_does(double):
+    cells = Profiles.of_counts(torch.poisson(torch.linspace(0.1, 30, 300 * 7)).reshape(300, 7).double())
+    model = pv.GMVAE(3, n_latent=2, hidden=(8,), enumerated=True)
+    elbo = partial(TraceEnum_ELBO, max_plate_nesting=2)
+    assert_the_same(cells, model, PerCluster((8,), (8,)), 1e-10, elbo)
+
+
+def test_a_gene_is_blamed_by_name_although_a_fused_step_knows_of_cells_alone(compilations):
+    cells = Profiles.of_counts(torch.poisson(torch.linspace(0.1, 30, 20 * 7)).reshape(20, 7))
+    with apart(cells, 0), fusing(MUCH, CPU):
+        program = VAE(n_latent=2, hidden=(8,)).build(cells)
+        with torch.no_grad():
+            program.decoding.emission.start["dispersion"][4] = torch.nan
+        culprit = blame(program, Encoder((8,))(program), cells.batch(torch.arange(20)), {})
+    assert "site 'x'" in culprit.what and culprit.gene == 4 and compilations == []
 
 
 @pytest.mark.slow

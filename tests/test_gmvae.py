@@ -133,6 +133,19 @@ def test_labels_teach_the_guide_of_the_paper_too() -> None:
     assert_close(torch.tensor(losses[1] - losses[0]), expected)
 
 
+@pytest.mark.parametrize("weight", [0.0, 5.0])
+def test_known_labels_have_a_say_in_which_parameters_are_kept(weight: float) -> None:
+    """What is climbed is the bound and `classify` log q(y): a look at the held-out cells is judged by both."""
+    cells, label, _ = clustered(120)
+    cells = replace(cells, labels=torch.from_numpy(np.where(np.arange(120) % 2 == 0, label, UNKNOWN)))
+    model = GMVAE(3, NB(), n_latent=2, hidden=(8,), classify=weight)
+    plan = TrainSettings(max_epochs=6, held_out=0.3, evaluate_steps=1)
+    history = train(model, Encoder((8,)), cells, settings=plan, progress=False).training.history
+    cost = np.array(history.terms["held_out"].get("label_penalty", 0.0))
+    assert (cost > 0).all() == (weight > 0)
+    np.testing.assert_allclose(history.objective, np.array(history.held_out) - cost, rtol=1e-5)
+
+
 # Starts
 
 

@@ -19,6 +19,7 @@ from pyro_velo.densities import (
     LEAST_MEAN,
     censored_normal_log_density,
     negative_binomial_log_density,
+    negative_binomial_with_slopes,
     normal_log_density,
     poisson_log_density,
     student_t_log_density,
@@ -158,6 +159,18 @@ def test_negative_binomial_is_exact_from_no_count_to_a_million(dtype: torch.dtyp
     by_log_r, truth = (r.detach() * r.grad).double(), exact(dtype)["nb by log r"]
     unit = 1 + truth.abs() + (r * (x - mean) / (mean + r)).detach().abs().double()
     assert_close((by_log_r / unit).to(dtype), (truth / unit).to(dtype))
+
+
+@both
+def test_the_slopes_of_a_negative_binomial_are_its_gradients(dtype: torch.dtype) -> None:
+    x, mean, r = count_grid(dtype)
+    shape = torch.broadcast_shapes(x.shape, mean.shape, r.shape)
+    each, dispersion = leaf(mean.expand(shape)), leaf(r.expand(shape))
+    value = negative_binomial_log_density(x, each, dispersion)
+    value.sum().backward()
+    found = negative_binomial_with_slopes(x, mean.expand(shape), r)
+    for one, expected in zip(found, (value.detach(), each.grad, dispersion.grad), strict=True):
+        torch.testing.assert_close(one, expected, rtol=0, atol=0)
 
 
 def test_the_counts_are_scipys(double: None) -> None:

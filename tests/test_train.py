@@ -212,6 +212,22 @@ def test_beta_takes_the_kl_of_cells_off_the_elbo_so_many_times():
     np.testing.assert_allclose(history.objective, np.array(history.held_out) - 6 * own, rtol=1e-5)
 
 
+@pytest.mark.parametrize("annealed", [True, False])
+def test_a_penalty_that_stays_counts_in_what_is_kept_and_one_that_fades_does_not(annealed):
+    heavy = replace(MODEL, penalty=pv.models.velocity.SwitchPenalty(weight=3.0, annealed=annealed))
+    plan, states = settings(held_out=0.4, max_epochs=12, learning_rate=0.05, patience=99), list[Training]()
+    fit = train(heavy, GUIDE, small_cells(), settings=plan, on_evaluation=states.append, progress=False)
+    history = fit.training.history
+    cost = np.array(history.terms["held_out"]["switch_penalty"])
+    objective = np.array(history.held_out) - (0 if annealed else cost)
+    np.testing.assert_allclose(history.objective, objective, rtol=1e-5)
+    kept = int(objective.argmax())
+    assert history.best == kept and fit.held_out_elbo == history.held_out[kept]
+    assert all(torch.equal(value, states[kept].parameters[name]) for name, value in fit.training.best.items())
+    # Else the law would be an empty one.
+    assert (cost > 0.01).all()
+
+
 def test_before_any_look_no_elbo_is_known():
     assert Training(TrainSettings()).history.best is None
     assert (

@@ -31,8 +31,8 @@ FEWEST_LOOKS = 6
 class Course:
     """Figures of the looks at the held-out cells at full KL weight, in nats per cell; NaN where there are too few.
 
-    What is looked at is the objective that is climbed in the end (`History.objective`): the ELBO, unless beta or free
-    bits say otherwise.
+    What is looked at is the objective that is climbed in the end (`History.objective`): the ELBO, unless beta, free
+    bits or labels say otherwise.
 
     `looks`: how many of them came before the learning rate was dropped, after which every curve is flat. Of these,
     `rise` is what a line through their last third gains over it, `rise_error` its standard error, and `swing` the sd

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import pyro
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_velo.cluster_sizes import SizesProgram
-from pyro_velo.compiled import fuses, fusible
+from pyro_velo.compiled import fuses, fusible, pays
 from pyro_velo.emission import Emission
 from pyro_velo.likelihoods import Likelihood
 from pyro_velo.mixture import Scored
@@ -81,14 +80,20 @@ class Decoding(nn.Module):
         """The site `x`, inside the cells' plate, of z (..., B, 1, d)."""
         pyro.module("decoding", self)
         outputs = self.outputs(z.squeeze(-2), batch)
+        if fuses() or (pays() and self.emission.has_slopes):
+            # No more than the density of each cell, at what was measured.
+            scored = Scored(self.log_density(outputs, batch).unsqueeze(-1), batch.x.shape[-1:])
+            pyro.sample("x", scored, obs=batch.x.unsqueeze(-2))
+            return
         with pyro.plate("genes", batch.x.shape[1], dim=-1):
-            pyro.sample("x", self.emitted(outputs, batch), obs=batch.x)
+            pyro.sample("x", self.emission(outputs, batch), obs=batch.x)
 
-    def emitted(self, outputs: Tensor, batch: ProfileBatch) -> TorchDistribution:
-        """p(x) of outputs (heads, ..., B, G), or where it is fused no more than its density at what was measured."""
-        return Scored(self.log_density(outputs, batch)) if fuses() else self.emission(outputs, batch)
+    def log_density(self, outputs: Tensor, batch: ProfileBatch) -> Tensor:
+        """Log p(x) of cells, (..., B), of outputs (heads, ..., B, G), in as few passes as there can be."""
+        if self.emission.has_slopes:
+            return self.emission.log_density_of_cells(outputs, batch)
+        return self._log_density(outputs, batch)
 
     @fusible
-    def log_density(self, outputs: Tensor, batch: ProfileBatch) -> Tensor:
-        """Log p(x), (..., B, G), of outputs (heads, ..., B, G)."""
-        return self.emission(outputs, batch).log_prob(batch.x)
+    def _log_density(self, outputs: Tensor, batch: ProfileBatch) -> Tensor:
+        return self.emission(outputs, batch).log_prob(batch.x).sum(-1)
