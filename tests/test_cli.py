@@ -108,7 +108,9 @@ def test_bad_edges_are_refused(text: str, match: str) -> None:
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """In place of `pyro_velo.api`: notes how it is called; its functions end with `raises`, or return `returns`."""
-    stand_in = SimpleNamespace(calls=[], raises=None, returns=SimpleNamespace(interrupted=False, epochs=3))
+    stand_in = SimpleNamespace(
+        calls=[], raises=None, returns=SimpleNamespace(interrupted=False, epochs=3, data=SimpleNamespace(source=None))
+    )
 
     def noting(name: str) -> Callable[..., Any]:
         def function(*arguments: Any, **options: Any) -> Any:
@@ -270,7 +272,7 @@ def test_what_is_not_a_bug_ends_in_one_line(
 def test_ctrl_c_during_the_training_is_said_and_no_failure(
     api: SimpleNamespace, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    api.returns = SimpleNamespace(interrupted=True, epochs=12)
+    vars(api.returns).update(interrupted=True, epochs=12)
     for arguments in (["fit", str(file), "-o", "out.h5ad"], ["demo"]):
         assert main(arguments) == 0
         told = "pyro-velo: interrupted at epoch 12; kept the best parameters so far\n"
