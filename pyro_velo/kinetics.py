@@ -30,17 +30,21 @@ class Rates(NamedTuple):
     switch_time: Tensor
 
 
+LAG_SERIES_BELOW = 0.1
+"""Where `lag` takes the series: a difference of exponentials has lost three bits there, and its gradient six."""
+
+
 def lag(beta: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
     r"""(e^{-beta tau} - e^{-gamma tau}) / (gamma - beta), smooth through gamma = beta, where it is tau e^{-beta tau}.
 
     Shapes: beta, gamma (G,) in 1/time; tau (..., G) in time; returns (..., G) in time.
     """
     gap = (gamma - beta).abs() * tau
-    # The slower decay is factored out, so the exponent stays negative and nothing overflows.
-    # Below 1e-3 the quotient's gradient would be a difference of equal numbers, so the series takes over.
-    small, large = gap.clamp_max(1e-3), gap.clamp_min(1e-3)
-    ratio = torch.where(gap > 1e-3, -torch.expm1(-large) / large, 1 - small / 2 * (1 - small / 3 * (1 - small / 4)))
-    return tau * torch.exp(-torch.minimum(beta, gamma) * tau) * ratio
+    # Compiled, expm1(x) is exp(x) - 1, and no better than a difference of exponentials, which `induction` has already.
+    at_beta, at_gamma = torch.exp(-beta * tau), torch.exp(-gamma * tau)
+    small, large = gap.clamp_max(LAG_SERIES_BELOW), gap.clamp_min(LAG_SERIES_BELOW)
+    series = torch.maximum(at_beta, at_gamma) * _mean_decay_series(small, 11 if gap.dtype == torch.float64 else 6)
+    return tau * torch.where(gap < LAG_SERIES_BELOW, series, (at_beta - at_gamma).abs() / large)
 
 
 def induction(alpha: Tensor, beta: Tensor, gamma: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,10 +119,16 @@ def _terms(like: Tensor) -> int:
 def _mean_decay(gap: Tensor) -> Tensor:
     """(1 - e^{-gap}) / gap, the mean of e^{-x} over [0, gap], with a gradient good enough to be subtracted from."""
     small, large = gap.clamp_max(SERIES_BELOW), gap.clamp_min(SERIES_BELOW)
-    series = torch.ones_like(gap)
-    for n in range(_terms(gap), 1, -1):
-        series = torch.rsub(small * series, 1, alpha=1 / n)
+    series = _mean_decay_series(small, _terms(gap))
     return torch.where(gap < SERIES_BELOW, series, -torch.expm1(-large) / large)
+
+
+def _mean_decay_series(gap: Tensor, terms: int) -> Tensor:
+    """That many terms of (1 - e^{-gap}) / gap by Taylor's series."""
+    series = torch.rsub(gap, 1, alpha=1 / terms)
+    for n in range(terms - 1, 1, -1):
+        series = torch.rsub(gap * series, 1, alpha=1 / n)
+    return series
 
 
 def _divided_difference(p: Tensor, q: Tensor) -> Tensor:

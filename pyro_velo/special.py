@@ -93,10 +93,12 @@ def _digamma(x: Tensor, w: Tensor, product: Tensor, y: Tensor, log_y: Tensor, in
 def _trigamma(x: Tensor) -> Tensor:
     """The sum of 1/(x+i)^2 in pairs (0, 5), (1, 4), (2, 3), and the series at x + 6."""
     w = (x + 5).mul_(x)
-    below = (w * 2).add_(25).div_(w).div_(w)
-    for shift, constant in ((4.0, 17.0), (6.0, 13.0)):
-        v = w + shift
-        below.add_((w * 2).add_(constant).div_(v).div_(v))
+    v, y = w + 4, w + 6
+    # One division for the three squares.
+    over = (w * v).mul_(y).reciprocal_()
+    below = (w * 2).add_(25).mul_((v * y).mul_(over).square_())
+    below.addcmul_((w * 2).add_(17), (w * y).mul_(over).square_())
+    below.addcmul_((w * 2).add_(13), (w * v).mul_(over).square_())
     inverse = (x + 6).reciprocal_()
     square = inverse * inverse
     series = (square * (1 / 42)).sub_(1 / 30).mul_(square).add_(1 / 6).mul_(square).add_(1)

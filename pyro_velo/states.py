@@ -58,10 +58,15 @@ class StateFamily(ABC):
         """The mixture's log-weights (4, B, G) that a value of the site stands for."""
 
 
-@fusible
 def concentrations(outputs: Tensor) -> Tensor:
     """Concentrations (B, G, 4) from outputs (4, B, G), above the 1e-3 below which float32 draws become corners."""
-    return (softplus(outputs) + 1e-3).movedim(0, -1)
+    # Not moved where it is compiled: gradients would be copied to the order of the moved axes.
+    return _positive(outputs).movedim(0, -1)
+
+
+@fusible
+def _positive(outputs: Tensor) -> Tensor:
+    return softplus(outputs) + 1e-3
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from pyro_velo.doctor.terms import draws_together, terms_of
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import Culprit, NonFiniteError, blame
 from pyro_velo.history import History as History
+from pyro_velo.memory import keep_freed
 from pyro_velo.models.base import Model
 from pyro_velo.optimizer import step_together
 from pyro_velo.processes import ALONE, Noise, Team, team
@@ -188,6 +189,7 @@ def restore(model: Model, guide: Guide, cells: Data, training: Training) -> Fitt
 @contextmanager
 def apart(cells: Data, seed: int) -> Iterator[dict]:
     """A param store, random numbers from `seed` and no validation, until it ends; yields the store's state."""
+    keep_freed()
     store_apart, unchecked = pyro.get_param_store().scope(), pyro.validation_enabled(False)
     with store_apart as store, _own_noise(cells, seed), unchecked, warnings.catch_warnings():
         # Pyro warns of a NaN loss and goes on; here it is an error, which says more.

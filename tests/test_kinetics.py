@@ -118,6 +118,18 @@ def test_lag_and_its_gradient_are_exact_through_gamma_equals_beta(tau: float, ga
         assert argument.grad.item() == pytest.approx(derivative, rel=1e-6)
 
 
+@pytest.mark.parametrize("gap", [*GAPS, 1.3e-4, 2e-4, 0.01, 0.0124, 0.0126, 0.03, 1.0])
+def test_lag_and_its_gradient_keep_single_precision_through_gamma_equals_beta(gap: float) -> None:
+    arguments = tuple(leaf(torch.tensor(value)) for value in (BETA, BETA + gap, 8.0))
+    value = lag(*arguments)
+    value.backward()
+    exact = exact_lag(*(argument.item() for argument in arguments))
+    assert value.item() == pytest.approx(exact[0], rel=3e-6)
+    # Just above where the series ends the gradient by a rate is a difference that has lost six bits.
+    for argument, derivative in zip(arguments, exact[1:], strict=True):
+        assert argument.grad.item() == pytest.approx(derivative, rel=5e-5)
+
+
 @pytest.mark.parametrize("gap", GAPS)
 def test_expression_beside_gamma_equals_beta_is_that_at_it(gap: float) -> None:
     alpha, beta, tau = doubles(0.85, BETA, 8.0)

@@ -28,6 +28,7 @@ LAYERS: dict[int, set[str]] = {
         "profiles",
         "nn",
         "compiled",
+        "memory",
         "moments",
         "data.anndata_keys",
     },
