@@ -275,11 +275,13 @@ class _Loop:
             with torch.no_grad():
                 self.has_terms = not draws_together(self.svi.guide, self.svi.model, batch)
         self.team.agree("the epoch to go on from", self.state.epoch)
+        store = pyro.get_param_store()
         if self.state.parameters:
             load_parameters(self.state.parameters)
             self.optimizer.set_state(deepcopy(self.state.optimizer))
+            # States are taken here, where there are no gradients: a step that takes them is Pyro's own, of other bits.
+            self.optimizer([store[name].unconstrained() for name in store if name in self.state.optimizer])
         else:
-            store = pyro.get_param_store()
             self.team.start_alike({name: store[name].unconstrained() for name in store})
             self.state.best = self.state.parameters = parameters()
 
