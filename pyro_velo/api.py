@@ -32,7 +32,7 @@ from pyro_velo.data.on_disk import velocity_data_on_disk
 from pyro_velo.data.results import check_results
 from pyro_velo.data.stored import is_large, stored
 from pyro_velo.errors import InputError
-from pyro_velo.fitting import Fit, check_bears_disk, fit, load
+from pyro_velo.fitting import Fit, fit, load
 from pyro_velo.flow import units_of_range
 from pyro_velo.guides import Amortized
 from pyro_velo.library import LIBRARIES
@@ -95,7 +95,6 @@ def fit_on_disk(path: Path, output: Path, options: FitOptions, device: str = "cp
             "--in-memory."
         )
     model, guide = recipes(options)
-    check_bears_disk(model, guide)
     training, folder = training_of(options), output.absolute().parent
     names = (options.spliced_layer or keys.SPLICED, options.unspliced_layer or keys.UNSPLICED)
     with stored(path) as file:

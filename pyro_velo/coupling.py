@@ -38,8 +38,9 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Batch
 from pyro_velo.coupled_rates import CoupledRates, Covariance, Genes, bends, bent
+from pyro_velo.disk import AnyCells
 from pyro_velo.guides import AmortizedProgram
 from pyro_velo.posterior import posterior_of_states
 from pyro_velo.rates import AutoPerGene
@@ -71,7 +72,7 @@ def applies(fitted: Fitted) -> bool:
     )
 
 
-def couple(fitted: Fitted, cells: Cells, *, seed: int = 0, progress: bool | None = None) -> Fitted:
+def couple(fitted: Fitted, cells: AnyCells, *, seed: int = 0, progress: bool | None = None) -> Fitted:
     """The same fit with rates and clock coupled, where `applies`; any other comes back as it is.
 
     Before the search every cell is looked for at all times (`Search.seek`).
@@ -81,8 +82,7 @@ def couple(fitted: Fitted, cells: Cells, *, seed: int = 0, progress: bool | None
     """
     if not applies(fitted):
         return fitted
-    device = cells.molecules.device
-    noise = torch.random.fork_rng([device] if cells.molecules.is_cuda else [])
+    noise = torch.random.fork_rng([cells.device] if cells.device.type == "cuda" else [])
     with fitted.parameters(), noise, pyro.validation_enabled(False):
         torch.manual_seed(seed)
         search = Search(fitted, cells)
@@ -121,9 +121,9 @@ class Information:
 class Search:
     """Newton's steps from a fit to the optimum of the ELBO, and the covariance there."""
 
-    def __init__(self, fitted: Fitted, cells: Cells) -> None:
+    def __init__(self, fitted: Fitted, cells: AnyCells) -> None:
         self.fitted, self.cells, self.program = fitted, cells, fitted.program
-        settings, device = fitted.training.settings, cells.molecules.device
+        settings, device = fitted.training.settings, cells.device
         train_index, _ = split(len(cells), settings.held_out, settings.seed)
         self.trained = torch.zeros(len(cells), dtype=torch.float64, device=device)
         self.trained[train_index.to(device)] = 1.0
@@ -329,7 +329,7 @@ class Search:
 
     def _batches(self) -> Iterator[Batch]:
         size = max(1, CELLS_GENES_AT_ONCE // self.cells.n_genes)
-        return self.cells.batches(torch.arange(len(self.cells), device=self.cells.molecules.device), size)
+        return self.cells.batches(torch.arange(len(self.cells), device=self.cells.device), size)
 
     def _move_cells(self, slope: Tensor, curvature: Tensor) -> None:
         """Each cell by a step of its own, of one sd at most; its precision as far, twofold at most."""

@@ -30,7 +30,6 @@ from pyro_velo.models.base import Model
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.posterior import Draws, OverStates, Posterior, stream, summarise
 from pyro_velo.processes import team
-from pyro_velo.rates import PerGene
 from pyro_velo.refinement import refine
 from pyro_velo.train import Fitted, Guide, OnEvaluation, Training, TrainSettings, restore, train
 from pyro_velo.version import __version__
@@ -208,8 +207,6 @@ def fit(
     model, guide = model or VelocityModel(), guide or Amortized()
     data = data or _data_of(adata, seed, counts=_counts(model))
     check_suits(model, data)
-    if isinstance(data.cells, DiskCells):
-        check_bears_disk(model, guide)
     data = _in_order(model, data, adata)
     recipe = in_words(model, guide)
     wanted = replace(settings or TrainSettings(), seed=seed)
@@ -244,7 +241,7 @@ def fit(
             checkpoint.note_failure(named, save)
         raise named from None
     if leads and not fitted.interrupted:
-        fitted = _coupled(fitted, data, seed=seed, progress=progress)
+        fitted = couple(fitted, data.cells, seed=seed, progress=progress)
     if save:
         sample.save(fitted, data.cells, save, about=about)
     return Fit(fitted, data, recipe)
@@ -262,12 +259,10 @@ def load(
     model, guide = model or VelocityModel(), guide or Amortized()
     seed = checkpoint.load(folder)[0].settings.seed
     data = _in_order(model, _data_of(adata, seed, counts=_counts(model), **layers), adata)
-    if isinstance(data.cells, DiskCells):
-        check_bears_disk(model, guide)
     recipe = in_words(model, guide)
     training = _resumed(folder, data, recipe)
     fitted = restore(model, guide, data.cells, training)
-    return Fit(_coupled(fitted, data, seed=seed), data, recipe)
+    return Fit(couple(fitted, data.cells, seed=seed), data, recipe)
 
 
 def _data_of(adata: AnnData | str | Path, seed: int, **options: Any) -> VelocityData:
@@ -288,22 +283,6 @@ def _in_order(model: Model, data: VelocityData, adata: AnnData | str | Path) -> 
         return data
     order = order_before_a_fit(data.cells, adata.obsp.get("distances"))
     return replace(data, cells=replace(data.cells, order=order))
-
-
-def _coupled(fitted: Fitted, data: VelocityData, *, seed: int, progress: bool | None = None) -> Fitted:
-    """The fit with rates and clock coupled, where they can be."""
-    if isinstance(data.cells, DiskCells):
-        return fitted
-    return couple(fitted, data.cells, seed=seed, progress=progress)
-
-
-def check_bears_disk(model: Model, guide: Guide) -> None:
-    """Raises `InputError` for a clock and rates that a fit ends by coupling, which takes cells in memory."""
-    if _one_clock(model) and isinstance(guide, Amortized) and isinstance(guide.rates, PerGene):
-        raise InputError(
-            "A shared clock and rates of the kind PerGene are coupled with the cells in memory; got cells on disk. "
-            "Read the file and fit that (--in-memory), or choose other rates (MeanField, LowRank)."
-        )
 
 
 def _counts(model: Model) -> bool:

@@ -14,11 +14,13 @@ from small import GUIDE, MODEL, differing, leaves, settings, small_adata, small_
 
 import pyro_velo as pv
 from pyro_velo import disk
+from pyro_velo.coupling import Search
 from pyro_velo.data import on_disk
 from pyro_velo.data import stored as stored_module
 from pyro_velo.data.output import write_whole
 from pyro_velo.disk import Rows
 from pyro_velo.errors import InputError
+from pyro_velo.train import train
 
 N_CELLS = 120
 SHORT = settings(max_epochs=1, batch_size=54)
@@ -271,9 +273,26 @@ def test_what_looks_at_all_cells_says_that_they_are_on_disk(path, adata):
     data = on(path)
     with pytest.raises(InputError, match="Expected the 120 cells in memory"):
         data.resident.scaled.mean()
-    coupled = replace(MODEL, times=pv.times.Shared()), replace(GUIDE, rates=pv.rates.PerGene())
-    with pytest.raises(InputError, match="coupled with the cells in memory"):
-        pv.fit(*coupled, path, data=data)
+
+
+def test_rates_and_clock_are_coupled_as_in_memory(adata, path):
+    model = replace(MODEL, times=pv.times.Shared())
+    resident, cells = pv.velocity_data(adata, as_is=True).cells, on(path).cells
+    fitted = train(model, replace(GUIDE, rates=pv.rates.PerGene()), resident, settings=SHORT, progress=False)
+    with fitted.parameters():
+        searches = [_search(fitted, each) for each in (resident, cells)]
+        one, other = (search._at(search.x, search.place) for search in searches)
+    assert torch.equal(searches[0].place, searches[1].place) and torch.equal(one[1], other[1])
+    for name in ("rates", "cross", "warps", "gradient", "gradient_warps"):
+        assert torch.equal(getattr(one[0], name), getattr(other[0], name)), name
+
+
+def _search(fitted, cells) -> Search:
+    """One that has looked for every cell."""
+    torch.manual_seed(0)
+    search = Search(fitted, cells)
+    search.seek()
+    return search
 
 
 def test_memory_of_an_epoch_is_two_windows(path, monkeypatch):
