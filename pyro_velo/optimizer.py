@@ -42,8 +42,8 @@ def step_together(optimizer: PyroOptim, parameters: Iterable[Tensor]) -> None:
     for (_, _, step, lr, clip, beta1, beta2, eps), members in groups.items():
         values, gradients, states = (list(each) for each in zip(*members, strict=True))
         means, squares = ([state[slot] for state in states] for slot in SLOTS)
-        torch._foreach_clamp_min_(gradients, -clip)
-        torch._foreach_clamp_max_(gradients, clip)
+        for gradient in gradients:
+            gradient.clamp_(-clip, clip)
         torch._fused_adam_(
             values, gradients, means, squares, [], [values[0].new_tensor(step, dtype=torch.float32)] * len(values),
             lr=lr, beta1=beta1, beta2=beta2, weight_decay=0.0, eps=eps / math.sqrt(1 - beta2**step),
