@@ -214,7 +214,6 @@ def test_the_command_line_leaves_cells_on_the_disk(tmp_path, monkeypatch):
     ("options", "words"),
     [
         (["--report", "page.html"], "Expected no report of cells that stay on the disk"),
-        (["--times", "shared", "--rates", "per-gene"], "coupled with the cells in memory"),
         (["--as-is", "--spliced-layer", "no"], "Layer 'no' isn't there"),
         (["--batch-key", "no"], "'no' isn't there"),
     ],
