@@ -31,6 +31,7 @@ from pyro_velo.options import CALIBRATION_DRAWS, CALIBRATION_FITS, FitOptions
 from pyro_velo.plots import calibration as pictures
 from pyro_velo.posterior import check_draws
 from pyro_velo.prior_draws import Like, Simulated, draw_from_prior, reference, with_fixed_priors
+from pyro_velo.time_units import in_common_unit
 from pyro_velo.train import Guide, TrainSettings, train
 from pyro_velo.truth import UNITS, States, measure, truth_of
 from pyro_velo.version import __version__
@@ -188,6 +189,7 @@ def _one(
     if fitted.interrupted:
         raise KeyboardInterrupt
     fitted = couple(fitted, simulated.cells, seed=options.seed, progress=False)
+    fitted = in_common_unit(fitted, simulated.cells, seed=options.seed)
     return measure(
         fitted, simulated.cells, simulated.truth,
         draws=draws, seed=seeds[2], over_states=settings.over_states, progress=False,

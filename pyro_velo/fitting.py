@@ -31,6 +31,7 @@ from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.posterior import Draws, OverStates, Posterior, stream, summarise
 from pyro_velo.processes import team
 from pyro_velo.refinement import refine
+from pyro_velo.time_units import in_common_unit
 from pyro_velo.train import Fitted, Guide, OnEvaluation, Training, TrainSettings, restore, train
 from pyro_velo.version import __version__
 from pyro_velo.writing import write_file
@@ -244,7 +245,7 @@ def fit(
         fitted = couple(fitted, data.cells, seed=seed, progress=progress)
     if save:
         sample.save(fitted, data.cells, save, about=about)
-    return Fit(fitted, data, recipe)
+    return Fit(in_common_unit(fitted, data.cells, seed=seed), data, recipe)
 
 
 def load(
@@ -262,7 +263,8 @@ def load(
     recipe = in_words(model, guide)
     training = _resumed(folder, data, recipe)
     fitted = restore(model, guide, data.cells, training)
-    return Fit(couple(fitted, data.cells, seed=seed), data, recipe)
+    fitted = couple(fitted, data.cells, seed=seed)
+    return Fit(in_common_unit(fitted, data.cells, seed=seed), data, recipe)
 
 
 def _data_of(adata: AnnData | str | Path, seed: int, **options: Any) -> VelocityData:

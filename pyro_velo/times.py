@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,7 +88,14 @@ class Times(ABC):
 
 @dataclass(frozen=True)
 class PerGene(Times):
-    r"""Each gene has a time of its own: $t = \rho^{(1)} t^s$ or $t^s + \rho^{(3)}(20 - t^s)$ (Gayoso et al. 2023)."""
+    r"""Each gene has a time of its own: $t = \rho^{(1)} t^s$ or $t^s + \rho^{(3)}(20 - t^s)$ (Gayoso et al. 2023).
+
+    No cell says what a unit of a gene's own time is. With `common_unit` a fit ends with each gene's rates and times in
+    the unit of the clock that genes agree on, as far as they do (`time_units`); without it they stay in the one that
+    the training came to, and intervals do not know that it is open.
+    """
+
+    common_unit: bool = True
 
     def build(self, n_in: int, n_genes: int, hidden: Sequence[int]) -> TimesProgram:
         """A decoder with two heads."""
@@ -95,7 +103,13 @@ class PerGene(Times):
 
 
 class PerGeneProgram(TimesProgram):
-    """z to the scaled times rho of both states."""
+    """z to the scaled times rho of both states.
+
+    With a `reference`, beta and the switching times (G,) of a fit, the times that shares are of are those of the
+    reference, shorter as beta is larger: a gene whose rates are all faster has the same curve.
+    """
+
+    reference: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, n_in: int, n_genes: int, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -103,15 +117,24 @@ class PerGeneProgram(TimesProgram):
 
     def forward(self, z: Tensor, switch: Tensor, values: Mapping[str, Tensor]) -> Timed:
         """Shares of the time before and after the switch."""
-        return Timed(*shares_of_time(self.decoder(z), switch))
+        if self.reference is None:
+            return Timed(*shares_of_time(self.decoder(z), switch, T_MAX - switch))
+        beta, switched = self.reference
+        unit = beta / values["beta"]
+        return Timed(*shares_of_time(self.decoder(z), switched * unit, (T_MAX - switched) * unit))
+
+    def in_units_of(self, beta: Tensor, switch: Tensor) -> PerGeneProgram:
+        """The same with the rates (G,) of a fit as its reference."""
+        found = copy(self)
+        found.reference = (beta, switch)
+        return found
 
 
 @fusible
-def shares_of_time(outputs: Tensor, switch: Tensor) -> tuple[Tensor, Tensor]:
+def shares_of_time(outputs: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """The sigmoids of outputs (2, B, G) as shares of the times before and after the switch (G,), (B, G) each."""
     rho_on, rho_off = torch.sigmoid(outputs)
-    switch = spread(switch, rho_on)
-    return rho_on * switch, rho_off * (T_MAX - switch)
+    return rho_on * spread(before, rho_on), rho_off * spread(after, rho_off)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ LAYERS: dict[int, set[str]] = {
     3: {
         *("train", "schedule", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
         *("coupling", "coupled_rates"),
+        *("consensus", "curve_information", "rescaled_rates", "time_units"),
         *("history", "doctor", "doctor.terms"),
         *("simulate", "preprocess", "preparing", "embedding", "metrics", "data"),
         *("transitions", "population_balance", "macrostates", "fates", "directions", "directional", "contributions"),
@@ -92,6 +93,14 @@ SIDEWAYS = {
     ("coupling", "coupled_rates"),
     ("coupling", "posterior"),
     ("coupling", "train"),
+    # The unit of genes' own times.
+    ("curve_information", "consensus"),
+    ("curve_information", "posterior"),
+    ("curve_information", "train"),
+    ("time_units", "consensus"),
+    ("time_units", "curve_information"),
+    ("time_units", "rescaled_rates"),
+    ("time_units", "train"),
     ("refinement", "schedule"),
     ("refinement", "train"),
     ("nuts", "schedule"),

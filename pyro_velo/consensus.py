@@ -1,0 +1,180 @@
+r"""The clock that genes agree on, where each has a time of its own, and how fast each gene's time runs against it.
+
+Of a cell n, gene g says that it is $t_{ng}$ after it came on, to a precision $\lambda_{ng}$: the Fisher information of
+its molecules. If all genes follow one clock, one that comes on at $o_g$ and whose time runs $c_g$ times as fast says
+
+$$t_{ng} \sim \mathcal{N}\big(c_g (T_n - o_g),\; \lambda_{ng}^{-1} + \sigma_g^2\big)$$
+
+with a probability, and anything in [0, 20] else: a gene may follow the clock in some of the cells alone, those of a
+lineage for instance, and the end of a gene's curve looks like its beginning. T, c, o and $\sigma$ are the most probable
+ones, by expectation maximisation. The unit of T is that in which cells are spread as if they were uniform on [0, 20].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_velo.kinetics import T_MAX
+
+ASTRAY = 0.1
+"""How likely it is beforehand that a gene does not follow the clock in a cell."""
+ROUNDS, STEPS = 6, 5
+"""Rounds of cells and genes in turn; steps of the genes in each."""
+PLACES = 51
+"""Times, equally far apart, at which every cell is looked for."""
+WINDOWS = 6
+"""Parts of equal information of a gene's time, between which its pace is compared."""
+PACES = (0.05, 20.0)
+"""The slowest and the fastest time of a gene."""
+SCATTERS = (0.03, 5.0)
+"""The least and the most that a gene deviates from the clock, in units of time."""
+START_SCATTER = 2.0
+REACH = 0.9
+"""The share of [0, 20] up to which a gene's own time is free to follow the clock: it ends at 20, and is 0 at first."""
+VAGUE = 1e-6
+"""The least precision of a gene's time: a gene that has none does not tell the time."""
+
+
+class Sightings(NamedTuple):
+    """What genes say of cells' times, each of two states, on the way up and down: (N, G, 2).
+
+    `time` since the gene came on, the `precision` of it, and the `probability` of the state.
+    """
+
+    time: Tensor
+    precision: Tensor
+    probability: Tensor
+
+
+class Pace(NamedTuple):
+    """A gene's time against the clock, (G,): `pace` c, `onset` o, and `scatter`, the sd of its own deviations."""
+
+    pace: Tensor
+    onset: Tensor
+    scatter: Tensor
+
+
+class Consensus(NamedTuple):
+    """The clock: `time` (N,) of cells, and `pace` (G,) of genes, how far it varies (`variation`, in units of itself).
+
+    `variation` is infinite where too little is known. `of_clock` is the error of the clock's own mean pace, against one
+    by which cells are uniform: genes share it, and it does average out, as it is a matter of where cells happen to be.
+    """
+
+    time: Tensor
+    pace: Tensor
+    variation: Tensor
+    of_clock: Tensor
+
+
+def consensus(seen: Sightings) -> Consensus:
+    """The clock on which genes agree most."""
+    time = T_MAX * _ranks(_ranks(_likeliest(seen)).mean(1))
+    ones = torch.ones_like(seen.time[0, :, 0])
+    genes = Pace(ones, torch.zeros_like(ones), START_SCATTER * ones)
+    for _ in range(ROUNDS):
+        for _ in range(STEPS):
+            genes = paced(seen, time, genes)
+        time = in_unit(placed(seen, genes))
+    for _ in range(STEPS):
+        genes = paced(seen, time, genes)
+    weight, variance = _followed(seen, time, genes)
+    information = weight / variance
+    own = (information * seen.time).sum(-1) / information.sum(-1)
+    evenly = torch.ones_like(time)[:, None]
+    of_clock = variation(evenly, T_MAX * _ranks(time)[:, None], time)
+    return Consensus(time, genes.pace, variation(information.sum(-1), own, time), of_clock[0] / (WINDOWS - 1) ** 0.5)
+
+
+def paced(seen: Sightings, time: Tensor, genes: Pace) -> Pace:
+    """One step of expectation maximisation of the genes, the time of the cells (N,) given."""
+    weight, variance = _followed(seen, time, genes)
+    information = weight / variance
+    total = information.sum((0, 2))
+    middle = (information * time[:, None, None]).sum((0, 2)) / total
+    own_middle = (information * seen.time).sum((0, 2)) / total
+    off = time[:, None, None] - middle[:, None]
+    pace = (information * off * (seen.time - own_middle[:, None])).sum((0, 2)) / (information * off**2).sum((0, 2))
+    pace = pace.nan_to_num(1.0).clamp(*PACES)
+    onset = (middle - own_middle / pace).nan_to_num(0.0)
+    # What is left is the gene's own deviation and an error of known variance: the first's expectation.
+    miss = seen.time - pace[:, None] * (time[:, None, None] - onset[:, None])
+    share = genes.scatter[:, None] ** 2 / variance
+    expected = share**2 * miss**2 + genes.scatter[:, None] ** 2 * (1 - share)
+    scatter = ((weight * expected).sum((0, 2)) / weight.sum((0, 2))).sqrt().nan_to_num(START_SCATTER)
+    return Pace(pace, onset, scatter.clamp(*SCATTERS))
+
+
+def placed(seen: Sightings, genes: Pace) -> Tensor:
+    """The most probable time of each cell (N,) in [0, 20], the genes given."""
+    places = torch.linspace(0, T_MAX, PLACES).to(seen.time)
+    log_p = torch.stack([_log_density(seen, at, genes) for at in places], 1)
+    best = log_p.argmax(1).clamp(1, PLACES - 2)
+    before, at, after = (log_p.gather(1, (best + i)[:, None])[:, 0] for i in (-1, 0, 1))
+    # The top of the parabola through three neighbours.
+    bend = (2 * at - before - after).clamp_min(torch.finfo(at.dtype).tiny)
+    return places[best] + (places[1] - places[0]) * (0.5 * (after - before) / bend).clamp(-0.5, 0.5)
+
+
+def in_unit(time: Tensor) -> Tensor:
+    """The time (N,), stretched and moved to where cells are uniform on [0, 20]."""
+    uniform, middle = T_MAX * _ranks(time), time.mean()
+    off = time - middle
+    return T_MAX / 2 + (off @ uniform) / (off @ off) * off
+
+
+def variation(information: Tensor, own: Tensor, time: Tensor) -> Tensor:
+    """The sd of the pace of times `own` (N, G) against `time` (N,), in units of its mean: (G,).
+
+    The times of neighbouring cells go astray together, as curves do that have the wrong shape. So errors of the mean
+    pace do not average out over cells, and are taken to be as large as the pace's own differences between `WINDOWS` of
+    equal `information` (N, G). Infinite where there is too little of that.
+    """
+    order = time.argsort(stable=True)
+    information, own, time = information[order], own[order].nan_to_num(0.0), time[order, None]
+    window = (information.cumsum(0) / information.sum(0) * WINDOWS).nan_to_num(0.0).long().clamp(0, WINDOWS - 1)
+    sums = information.new_zeros(3, WINDOWS, information.shape[1])
+    for into, values in zip(sums, (information, information * time, information * own), strict=True):
+        into.scatter_add_(0, window, values)
+    steps, own_steps = (sums[1:] / sums[0]).diff(dim=1)
+    length = steps / steps.sum(0)
+    mean = (length * own_steps / steps).sum(0)
+    spread = (length * (own_steps / steps - mean) ** 2).sum(0) * (WINDOWS - 1) / (WINDOWS - 2)
+    error = 1 / (information * (time - time.mean()) ** 2).sum(0)
+    return ((spread + error).sqrt() / mean.abs()).nan_to_num(math.inf, posinf=math.inf)
+
+
+def _followed(seen: Sightings, time: Tensor, genes: Pace) -> tuple[Tensor, Tensor]:
+    """How probable it is that a gene is in a state and follows the clock, and the variance of its time then."""
+    density, variance = _density(seen, time[:, None, None], genes)
+    expected = genes.pace[:, None] * (time[:, None, None] - genes.onset[:, None])
+    within = (expected > 0) & (expected < REACH * T_MAX)
+    return within * seen.probability * density / (density + ASTRAY / T_MAX), variance
+
+
+def _log_density(seen: Sightings, time: Tensor, genes: Pace) -> Tensor:
+    """Log-density of what genes say, if all cells stand at one time: (N,)."""
+    density = (seen.probability * (_density(seen, time, genes)[0] + ASTRAY / T_MAX)).sum(-1)
+    return density.clamp_min(torch.finfo(density.dtype).tiny).log().sum(1)
+
+
+def _density(seen: Sightings, time: Tensor, genes: Pace) -> tuple[Tensor, Tensor]:
+    """Of the genes' times under the clock, and their variances, (N, G, 2)."""
+    variance = 1 / seen.precision.clamp_min(VAGUE) + genes.scatter[:, None] ** 2
+    miss = seen.time - (genes.pace[:, None] * (time - genes.onset[:, None])).clamp(0, T_MAX)
+    return torch.exp(-0.5 * miss**2 / variance) * (2 * math.pi * variance).rsqrt(), variance
+
+
+def _likeliest(seen: Sightings) -> Tensor:
+    """The time in the likelier of the two states, (N, G)."""
+    return seen.time.gather(-1, seen.probability.argmax(-1, keepdim=True))[..., 0]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks along the first axis, in (0, 1)."""
+    ordered = values.argsort(dim=0, stable=True).argsort(dim=0)
+    return (ordered.to(values.dtype) + 0.5) / len(values)

@@ -1,0 +1,114 @@
+r"""What cells tell of a gene's curve, and it of their times, where every cell has a time of its own for each gene.
+
+With $J = \partial (\bar u, \bar s)/\partial x$, x the logarithms of the rates and the switching time, $\dot m$ the
+slopes in time, and V the variances of the molecules, a cell in a state tells of its time, and of x if its time is not
+known,
+
+$$\lambda = \dot m^T V^{-1} \dot m, \qquad J^T V^{-1} J - \frac{(J^T V^{-1} \dot m)(J^T V^{-1} \dot m)^T}{\lambda}$$
+
+which is the Fisher information, its nuisance projected off (Cox and Reid 1987).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_velo.batch import Batch
+from pyro_velo.consensus import Sightings
+from pyro_velo.disk import AnyCells
+from pyro_velo.kinetics import Rates
+from pyro_velo.models.velocity import C_K, RATES, VelocityProgram
+from pyro_velo.posterior import posterior_of_states
+from pyro_velo.times import Timed
+from pyro_velo.train import Fitted
+
+STEP, RELATIVE_STEP = 0.05, 1e-2
+"""By which times, and the logarithms of rates, are moved to see what that changes."""
+CELLS_GENES_AT_ONCE = 256 * 1024
+ON_THE_WAY = (0, 2)
+"""The states in which time passes."""
+
+
+class Curve(NamedTuple):
+    """Means and variances of both molecules in a state, (2, B, G) each."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def looked_at(
+    fitted: Fitted, cells: AnyCells, index: Tensor, values: Mapping[str, Tensor], sites: Sequence[str]
+) -> tuple[Sightings, Tensor]:
+    """What genes say of the times of the cells at `index`, and these of x, the logs of `sites`: (G, K, K) float64.
+
+    All at the means of q(z), with the gene-level sites at `values`.
+    """
+    size = max(1, CELLS_GENES_AT_ONCE // cells.n_genes)
+    parts, total = [], torch.zeros(cells.n_genes, len(sites), len(sites), dtype=torch.float64, device=cells.device)
+    for batch in cells.batches(index, size):
+        seen, information = _look(fitted, batch, values, sites)
+        parts.append(seen)
+        total += information
+    return Sightings(*(torch.cat(each) for each in zip(*parts, strict=True))), total
+
+
+def _look(fitted: Fitted, batch: Batch, values: Mapping[str, Tensor], sites: Sequence[str]) -> tuple[Sightings, Tensor]:
+    """The same of some cells."""
+    guide, program = fitted.guide, fitted.program
+    z = guide.encode(batch).mean
+    drawn = poutine.trace(guide.cells).get_trace(batch, dist.Delta(z, event_dim=1))
+    values = {**values, "z": z, "pi": drawn.nodes["pi"]["value"]}
+    timed = program.times(batch.conditioned(program.of_kinetics(z.squeeze(-2))), values["switch_time"], values)
+    probability, _ = posterior_of_states(program.explain_at(timed, values, batch).log_joint)
+    here = curves(program, timed, values, batch)
+    slopes = _slopes(program, timed, values, batch)
+    responses = [_responses(program, timed, values, batch, name) for name in sites]
+    precision, information = [], torch.zeros(())
+    for state, (at, weight) in enumerate(zip(here, probability, strict=False)):
+        scale = at.variance.clamp_min(torch.finfo(at.variance.dtype).tiny).rsqrt()
+        j = torch.stack([each[state] * scale for each in responses], -1)
+        along = slopes[state] * scale
+        known = along.square().sum(0)
+        if state in ON_THE_WAY:
+            precision.append(known)
+            # A gene that does not move tells nothing of its time, and its time nothing of the curve.
+            unit = along * torch.where(known > 0, known, 1.0).rsqrt()
+            j = j - unit[..., None] * (unit[..., None] * j).sum(0)
+        j = (j * weight.sqrt()[..., None]).double().flatten(0, 1).permute(1, 2, 0)
+        information = information + j @ j.mT
+    time = torch.stack((timed.on, values["switch_time"] + timed.off), -1)
+    seen = Sightings(time, torch.stack(precision, -1), torch.stack([probability[k] for k in ON_THE_WAY], -1))
+    return seen, information
+
+
+def curves(program: VelocityProgram, timed: Timed, values: Mapping[str, Tensor], batch: Batch) -> list[Curve]:
+    """What is expected of the batch in the states that are not empty."""
+    rates = Rates(*(values[name] for name in RATES))
+    means, found = program.means(rates, values, timed, program.landmarks(rates, values)), []
+    for u, s, scale in zip(means.u[:3], means.s[:3], C_K, strict=False):
+        pair: tuple[Any, Any] = program.likelihoods(u, s, values, batch, scale)
+        mean, variance = (torch.stack([getattr(x, of).expand(batch.u.shape) for x in pair]) for of in Curve._fields)
+        found.append(Curve(mean, variance))
+    return found
+
+
+def _slopes(program: VelocityProgram, timed: Timed, values: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
+    """In time, by central differences."""
+    moved = [Timed((timed.on + step).clamp_min(0), (timed.off + step).clamp_min(0)) for step in (-STEP, STEP)]
+    before, after = (curves(program, each, values, batch) for each in moved)
+    return [(b.mean - a.mean) / (2 * STEP) for a, b in zip(before, after, strict=True)]
+
+
+def _responses(
+    program: VelocityProgram, timed: Timed, values: Mapping[str, Tensor], batch: Batch, name: str
+) -> list[Tensor]:
+    """To the logarithm of a site, by central differences, times staying as they are."""
+    factors = (1 - RELATIVE_STEP, 1 + RELATIVE_STEP)
+    below, above = (curves(program, timed, {**values, name: values[name] * by}, batch) for by in factors)
+    return [(b.mean - a.mean) / (2 * RELATIVE_STEP) for a, b in zip(below, above, strict=True)]

@@ -1,0 +1,126 @@
+r"""The unit of each gene's time, where genes have times of their own: what the cells leave open of it, and say of it.
+
+A gene whose rates are all faster by $e^\lambda$ and whose times are shorter by as much has the same curve, so that no
+cell says what $\lambda_g$ is, and a fit finds some value. Known of it is what the priors of the rates say, and that
+cells of which many genes say how old they are have an age: a gene that follows the clock of the others (`consensus`)
+at a pace of $c_g$, which varies by $v_g$ of itself, is in the wrong unit by $\log c_g$,
+
+$$q(\lambda_g) \propto p(\theta_g e^{\pm\lambda_g})\; e^{\pm\lambda_g}\; \mathcal{N}(\lambda_g;\, \log c_g,\, v_g^2)$$
+
+on a grid. A gene that follows nobody has a wide one: the prior's. The shape of its curve is known as well as cells tell
+it whose times are not known (`curve_information`), and no better: a guide that holds the times still is too sure.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import replace
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta
+from torch import Tensor
+
+from pyro_velo.consensus import Consensus, consensus
+from pyro_velo.curve_information import looked_at
+from pyro_velo.disk import AnyCells
+from pyro_velo.guides import AmortizedProgram
+from pyro_velo.models.velocity import VelocityProgram
+from pyro_velo.rescaled_rates import LATEST, POWERS, Marginal, RescaledRates, Shape
+from pyro_velo.times import PerGene
+from pyro_velo.train import Fitted, split
+
+CELLS = 1000
+"""Cells, at most, that genes agree about."""
+DRAWS = 25
+"""Of the rates, whose medians the times are taken at."""
+LAMBDAS = torch.linspace(-3, 3, 1201, dtype=torch.float64)
+PRIOR_SD, FIXED = 1.0, 1e-3
+"""Of the logarithms of rates: what is known of a shape beside the cells, and how far the unit moves with a shape."""
+
+
+def applies(fitted: Fitted) -> bool:
+    """Whether genes have times of their own, whose unit is open, and rates that are not held at a point."""
+    guide, times = fitted.guide, getattr(getattr(fitted.program, "recipe", None), "times", None)
+    if not (isinstance(guide, AmortizedProgram) and isinstance(times, PerGene) and times.common_unit):
+        return False
+    return not isinstance(guide.rates, (AutoDelta, RescaledRates))
+
+
+def in_common_unit(fitted: Fitted, cells: AnyCells, *, seed: int = 0) -> Fitted:
+    """The same fit with every gene's rates and times in the unit of the clock that genes agree on, as far as they do.
+
+    Any other than those to which it `applies` comes back as it is, and `fitted` stays as it is. The same seed gives the
+    same units.
+    """
+    if not applies(fitted):
+        return fitted
+    noise = torch.random.fork_rng([cells.device] if cells.device.type == "cuda" else [])
+    with fitted.parameters(), noise, pyro.validation_enabled(False), torch.no_grad():
+        torch.manual_seed(seed)
+        values = medians(fitted, cells)
+        sites = tuple(name for name in POWERS if name in values)
+        seen, information = looked_at(fitted, cells, _chosen(fitted, cells), values, sites)
+        found = consensus(seen)
+        units = Marginal.of(LAMBDAS.to(found.pace), log_density(fitted.program, values, found))
+        share = len(seen.time) / len(cells)
+        shape = shape_of(information / share, values, sites)
+        guide, program = copy(fitted.guide), copy(fitted.program)
+        # A module keeps its parts in a dictionary that a copy shares with it.
+        guide._modules = {name: part for name, part in guide._modules.items() if name != "rates"}
+        guide.rates = RescaledRates(fitted.guide.rates, shape, units, found.of_clock)
+        program._modules = dict(program._modules)
+        program.times = program.times.in_units_of(values["beta"], values["switch_time"])
+    return replace(fitted, guide=guide, program=program)
+
+
+def medians(fitted: Fitted, cells: AnyCells) -> dict[str, Tensor]:
+    """Of the gene-level sites, by name."""
+    batch = cells.batch(torch.arange(1, device=cells.device))
+    traces = [poutine.trace(fitted.guide.rates).get_trace(batch) for _ in range(DRAWS)]
+    names = [name for name, site in traces[0].nodes.items() if site["type"] == "sample" and site["cond_indep_stack"]]
+    return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]).median(0).values for name in names}
+
+
+def _chosen(fitted: Fitted, cells: AnyCells) -> Tensor:
+    """Some of the training cells."""
+    settings = fitted.training.settings
+    train_index, _ = split(len(cells), settings.held_out, settings.seed)
+    return train_index[torch.randperm(len(train_index))[:CELLS]].sort().values.to(cells.device)
+
+
+def shape_of(information: Tensor, values: dict[str, Tensor], sites: tuple[str, ...]) -> Shape:
+    """The Normal of a gene's rates around their values with this information (G, K, K), the unit held fixed."""
+    powers = torch.tensor([float(POWERS[name]) for name in sites], dtype=torch.float64, device=information.device)
+    held = torch.outer(powers, powers) / (len(sites) * FIXED**2)
+    prior = torch.eye(len(sites), dtype=torch.float64, device=information.device) / PRIOR_SD**2
+    covariance = torch.linalg.inv(information + prior + held)
+    loc = torch.stack([values[name].clamp_max(LATEST) if name == "switch_time" else values[name] for name in sites], -1)
+    return Shape(sites, loc.log(), torch.linalg.cholesky((covariance + covariance.mT) / 2).to(loc))
+
+
+def log_density(program: VelocityProgram, values: dict[str, Tensor], found: Consensus) -> Tensor:
+    """Of lambda on the grid (G, M), not normalised: the priors along the ray, and what the clock says."""
+    grid = LAMBDAS.to(found.pace)
+    with pyro.plate("genes", program.n_genes, dim=-1):
+        trace = poutine.trace(poutine.condition(program.sample_genes, data=values)).get_trace()
+    total = torch.zeros(program.n_genes, len(grid)).to(grid)
+    for name, power in POWERS.items():
+        if name in trace.nodes:
+            there = values[name] * torch.exp(power * grid)[:, None]
+            total = total + trace.nodes[name]["fn"].log_prob(there).mT + power * grid
+    precision = moderated(found.variation) ** -2
+    return total - 0.5 * precision[:, None] * (grid - found.pace.log()[:, None]) ** 2
+
+
+def moderated(variation: Tensor) -> Tensor:
+    """Each gene's variation, half its own and half the median's (squared): from a few windows it is not known well.
+
+    Smyth 2004 (Linear models and empirical Bayes), with as many degrees of freedom before the data as in them. A gene
+    of which too little is known keeps an infinite one.
+    """
+    known = variation.isfinite()
+    if not known.any():
+        return variation
+    return ((variation**2 + variation[known].square().median()) / 2).sqrt()

@@ -1,0 +1,79 @@
+"""The clock that genes agree on: found where there is one, and its pace known only as far as it holds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_velo.consensus import WINDOWS, Sightings, consensus, in_unit, variation
+from pyro_velo.kinetics import T_MAX
+
+N, G = 300, 40
+
+
+@pytest.fixture(scope="module")
+def known() -> tuple[Tensor, Tensor, Sightings]:
+    """Cells uniform in time; genes at paces of their own that a tenth of the cells do not follow."""
+    noise = torch.Generator().manual_seed(0)
+    time = T_MAX * torch.rand(N, generator=noise).sort().values
+    pace = torch.exp(0.3 * torch.randn(G, generator=noise)).clamp(0.5, 0.95)
+    onset = 4 * torch.rand(G, generator=noise)
+    own = (pace * (time[:, None] - onset)).clamp_min(0) + 0.2 * torch.randn(N, G, generator=noise)
+    astray = torch.rand(N, G, generator=noise) < 0.1
+    own = torch.where(astray, T_MAX * torch.rand(N, G, generator=noise), own)
+    # The other state says something else, and is the likelier one here and there.
+    other = T_MAX * torch.rand(N, G, generator=noise)
+    first = 0.3 + 0.7 * torch.rand(N, G, generator=noise)
+    precision = torch.full((N, G, 2), 25.0) * (time[:, None] > onset).unsqueeze(-1)
+    return time, pace, Sightings(torch.stack((own, other), -1), precision, torch.stack((first, 1 - first), -1))
+
+
+def test_finds_the_clock_and_the_paces(known: tuple[Tensor, Tensor, Sightings]) -> None:
+    time, pace, seen = known
+    found = consensus(seen)
+    # Before the first gene comes on nothing tells the time.
+    told = seen.precision.sum((1, 2)) > 0
+    assert told.sum() > 0.95 * N
+    assert torch.corrcoef(torch.stack((found.time[told], time[told])))[0, 1] > 0.9998
+    error = found.pace.log() - pace.log()
+    assert error.std() < 0.02 and error.mean().abs() < 3 * found.of_clock
+    # The error of its unit is that of where a few hundred cells happen to be.
+    assert 0.01 < found.of_clock < 0.1
+
+
+def test_a_gene_that_tells_nothing_has_no_pace(known: tuple[Tensor, Tensor, Sightings]) -> None:
+    *_, seen = known
+    silent = torch.ones(N, G, 2)
+    silent[:, 3] = 0
+    found = consensus(seen._replace(precision=seen.precision * silent))
+    others = torch.arange(G) != 3
+    assert found.variation[3] > 10 * found.variation[others].median()
+    assert found.pace.isfinite().all()
+
+
+def test_genes_without_a_common_clock_vary() -> None:
+    noise = torch.Generator().manual_seed(1)
+    own = T_MAX * torch.rand(N, G, 2, generator=noise)
+    found = consensus(Sightings(own, torch.full((N, G, 2), 25.0), torch.full((N, G, 2), 0.5)))
+    assert found.variation.median() > 0.3
+
+
+def test_a_steady_pace_does_not_vary_and_an_unsteady_one_does_by_its_sd() -> None:
+    time = torch.linspace(0, T_MAX, 1201, dtype=torch.float64)
+    slow = time.clamp_max(10) + 2 * (time - 10).clamp_min(0)
+    own = torch.stack((3 * time + 1, slow), 1)
+    found = variation(torch.full_like(own, 1e6), own, time)
+    assert found[0] < 1e-3
+    # WINDOWS - 1 steps between the middles of windows: 1, 1, 1.5, 2, 2 of mean 1.5, less the two that are estimated.
+    expected = float(torch.tensor([1.0, 1.0, 1.5, 2.0, 2.0]).std(correction=0)) * math.sqrt(5 / 4) / 1.5
+    assert WINDOWS == 6 and float(found[1]) == pytest.approx(expected, rel=0.02)
+
+
+def test_the_unit_is_that_of_uniform_cells_whatever_the_unit_before() -> None:
+    time = torch.linspace(0, 1, 500, dtype=torch.float64)[torch.randperm(500)]
+    expected = T_MAX * time
+    assert torch.allclose(in_unit(time), expected, atol=0.03)
+    assert torch.allclose(in_unit(5 - 0.1 * (1 - time)), in_unit(time), atol=1e-9)

@@ -1,0 +1,232 @@
+"""The unit of genes' own times: open by a symmetry of the model, told by priors and by the clock that genes share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from small import GUIDE, MODEL, differing, settings, small_adata, small_cells
+from tolerances import assert_close, assert_mean
+from torch import Tensor
+
+import pyro_velo as pv
+from pyro_velo import time_units
+from pyro_velo.consensus import Consensus
+from pyro_velo.curve_information import looked_at
+from pyro_velo.fitting import Fit
+from pyro_velo.kinetics import T_MAX
+from pyro_velo.posterior import draw_rates
+from pyro_velo.rescaled_rates import LATEST, POWERS, Marginal, RescaledRates
+from pyro_velo.time_units import LAMBDAS, applies, in_common_unit, log_density, medians, moderated, shape_of
+from pyro_velo.train import Fitted, train
+
+SITES = ("alpha", "beta", "gamma", "switch_time")
+
+
+@pytest.fixture(scope="module")
+def before() -> Fitted:
+    return train(MODEL, GUIDE, small_cells(), settings=settings(), progress=False)
+
+
+@pytest.fixture(scope="module")
+def after(before: Fitted) -> Fitted:
+    return in_common_unit(before, small_cells())
+
+
+def explained(fitted: Fitted, values: dict[str, Tensor]):
+    batch = small_cells().batch(torch.arange(40))
+    with fitted.parameters(), torch.no_grad():
+        z = fitted.guide.encode(batch).mean
+        drawn = poutine.trace(fitted.guide.cells).get_trace(batch, pyro.distributions.Delta(z, event_dim=1))
+        return fitted.program.explain({**values, "z": z, "pi": drawn.nodes["pi"]["value"]}, batch)
+
+
+def test_another_unit_is_the_same_curve_with_all_velocities_faster(before: Fitted, after: Fitted) -> None:
+    with before.parameters(), torch.no_grad(), torch.random.fork_rng():
+        # The medians that the fit's own units are told at: the same seed.
+        torch.manual_seed(0)
+        values = medians(before, small_cells())
+    unit = torch.linspace(-0.3, 0.4, 5)
+    unit = torch.maximum(unit, (values["switch_time"] / LATEST).log())
+    faster = {name: value * torch.exp(POWERS.get(name, 0) * unit) for name, value in values.items()}
+    one, other = explained(before, values), explained(after, faster)
+    for state in range(4):
+        assert_close(other.u[state], one.u[state], slack=100)
+        assert_close(other.s[state], one.s[state], slack=100)
+        assert_close(other.log_joint[state], one.log_joint[state], slack=1000)
+    for state in (0, 2):
+        assert_close(other.velocity[state], one.velocity[state] * unit.exp(), slack=100)
+        assert_close(other.t[state], one.t[state] * (-unit).exp(), slack=100)
+
+
+def test_cells_tell_nothing_of_the_unit(before: Fitted) -> None:
+    with before.parameters(), torch.no_grad(), pyro.validation_enabled(False):
+        values = medians(before, small_cells())
+        seen, information = looked_at(before, small_cells(), torch.arange(40), values, SITES)
+    assert seen.time.shape == seen.precision.shape == seen.probability.shape == (40, 5, 2)
+    powers = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
+    largest = torch.linalg.eigvalsh(information)[:, -1]
+    along = torch.einsum("i,gij,j->g", powers, information, powers)
+    assert (along >= -1e-9 * largest).all() and (along < 1e-3 * largest).all()
+    # Of the ratio of gamma and beta they do.
+    ratio = torch.tensor([0.0, -1.0, 1.0, 0.0], dtype=torch.float64)
+    assert (torch.einsum("i,gij,j->g", ratio, information, ratio) > 1e-2 * largest).all()
+
+
+def silent(n_genes: int) -> Consensus:
+    """No gene tells the time."""
+    ones = torch.ones(n_genes)
+    return Consensus(torch.zeros(40), ones, ones * math.inf, torch.zeros(()))
+
+
+def test_without_a_clock_the_unit_has_the_priors_density(before: Fitted) -> None:
+    with before.parameters(), torch.no_grad(), pyro.validation_enabled(False):
+        values = {name: value for name, value in medians(before, small_cells()).items() if name in SITES}
+        found = log_density(before.program, values, silent(5)).double()
+    start = before.program.start.rates
+    # Three LogNormals of sd 1 around the start values and a uniform switching time: completed squares.
+    mean = sum((getattr(start, name) / values[name]).log() for name in SITES[:3]).double() / 3 - 1 / 3
+    expected = -1.5 * (LAMBDAS - mean[:, None]) ** 2
+    end = (values["switch_time"].double() / T_MAX).log()[:, None]
+    assert not found[end - 0.01 > LAMBDAS].isfinite().any()
+    gap = (found - expected).masked_fill(end + 0.01 > LAMBDAS, math.nan)
+    assert np.nanmax(gap.numpy(), 1) - np.nanmin(gap.numpy(), 1) == pytest.approx(np.zeros(5), abs=1e-3)
+
+
+def test_a_clock_that_is_sure_decides(before: Fitted) -> None:
+    pace = torch.tensor([0.8, 0.9, 1.0, 1.1, 1.2])
+    told = silent(5)._replace(pace=pace, variation=torch.full((5,), 0.02))
+    with before.parameters(), torch.no_grad(), pyro.validation_enabled(False):
+        values = medians(before, small_cells())
+        # Early enough that no prior's end is near.
+        values["switch_time"] = torch.full((5,), 5.0)
+        units = Marginal.of(LAMBDAS.float(), log_density(before.program, values, told))
+    draws = torch.stack([units.at(torch.full((5,), level)) for level in (0.05, 0.5, 0.95)])
+    assert_close(draws[1], pace.log(), slack=3e3)
+    assert draws[2] - draws[0] == pytest.approx(2 * 1.645 * 0.02 * torch.ones(5), rel=0.05)
+
+
+def test_quantiles_of_a_grid_are_those_of_its_density() -> None:
+    centre = torch.tensor([-0.5, 0.25])
+    units = Marginal.of(LAMBDAS.float(), -0.5 * ((LAMBDAS - centre[:, None]) / 0.1) ** 2)
+    for level in (0.01, 0.3, 0.5, 0.99):
+        expected = centre + 0.1 * torch.special.ndtri(torch.tensor(level))
+        assert_close(units.at(torch.full((2,), level)), expected, slack=3e3)
+
+
+def test_half_of_a_variation_is_the_median_genes() -> None:
+    found = moderated(torch.tensor([0.0, 0.1, 0.3, math.inf]))
+    assert_close(found, torch.tensor([0.005**0.5, 0.1, 0.05**0.5, math.inf]))
+    assert moderated(torch.full((2,), math.inf)).isinf().all()
+
+
+def test_draws_have_the_density_that_the_guide_says(after: Fitted) -> None:
+    batch = small_cells().batch(torch.arange(1))
+    shape = after.guide.rates.shape
+    # Faster, so that all switch before the end.
+    units = Marginal.of(LAMBDAS.float(), (-0.5 * ((LAMBDAS - 1) / 0.1) ** 2).expand(5, -1))
+    rates = RescaledRates(after.guide.rates.base, shape, units, torch.tensor(0.1))
+    with after.parameters(), torch.no_grad():
+        trace = poutine.trace(rates).get_trace(batch)
+    trace.compute_log_prob()
+    unit = trace.nodes["time_unit"]["value"]
+    powers = torch.tensor([float(POWERS[name]) for name in shape.sites])
+    normal = torch.distributions.MultivariateNormal(shape.loc + powers * unit[:, None], scale_tril=shape.root)
+    x = torch.stack([trace.nodes[name]["value"].log() for name in shape.sites], -1)
+    assert (trace.nodes["switch_time"]["value"] < LATEST).all() and (unit > 0).all()
+    total = sum(trace.nodes[name]["log_prob"] for name in (*shape.sites, "shape_unconstrained"))
+    assert_close(total, normal.log_prob(x) - x.sum(-1), slack=1e3)
+
+
+def test_draws_are_spread_as_shape_and_unit_say(after: Fitted) -> None:
+    cells = small_cells()
+    with after.parameters(), torch.no_grad(), pyro.validation_enabled(False):
+        drawn = draw_rates(after, cells, 2000)
+    beta = torch.stack([each["beta"] for each in drawn]).log()
+    gamma = torch.stack([each["gamma"] for each in drawn]).log()
+    shape = after.guide.rates.shape
+    covariance = shape.root @ shape.root.mT
+    of_ratio = covariance[:, 2, 2] + covariance[:, 1, 1] - 2 * covariance[:, 1, 2]
+    squares = (gamma - beta - (shape.loc[:, 2] - shape.loc[:, 1])) ** 2
+    assert_mean(squares, of_ratio)
+    # The unit is in all rates alike: it moves beta and leaves the ratio.
+    assert (beta.std(0) > 0.02).all()
+    assert all(set(each) == set(drawn[0]) >= {*SITES, "noise_unspliced", "noise_spliced"} for each in drawn)
+    assert all((each["switch_time"] <= LATEST).all() for each in drawn)
+
+
+def test_information_of_a_normal_is_its_precision() -> None:
+    information = torch.diag(torch.tensor([400.0, 100.0, 25.0, 900.0], dtype=torch.float64)).expand(2, 4, 4)
+    values = {name: torch.ones(2) for name in SITES}
+    covariance = (lambda root: root @ root.mT)(shape_of(information, values, SITES).root.double())
+    powers = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
+    # Along what leaves the unit alone, the inverse; along the unit next to nothing.
+    assert torch.einsum("i,gij,j->g", powers, covariance, powers).max() < 4 * 1e-5
+    inverse = torch.linalg.inv(information[0] + torch.eye(4, dtype=torch.float64))
+    held = inverse - torch.outer(inverse @ powers, inverse @ powers) / (powers @ inverse @ powers)
+    assert torch.allclose(covariance[0], held, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_units_and_the_fit_stays(before: Fitted, after: Fitted) -> None:
+    again = in_common_unit(before, small_cells())
+    assert torch.equal(after.guide.rates.units.cumulative, again.guide.rates.units.cumulative)
+    assert torch.equal(after.guide.rates.shape.root, again.guide.rates.shape.root)
+    assert not isinstance(before.guide.rates, RescaledRates) and before.program.times.reference is None
+    assert differing(before.training, after.training) == []
+
+
+def test_applies_where_genes_have_times_of_their_own_and_rates_a_spread(before: Fitted, after: Fitted) -> None:
+    assert applies(before) and not applies(after)
+    assert in_common_unit(after, small_cells()) is after
+    others = (
+        (replace(MODEL, times=pv.times.Shared()), GUIDE),
+        (replace(MODEL, times=pv.times.PerGene(common_unit=False)), GUIDE),
+        (MODEL, replace(GUIDE, rates=pv.rates.Point())),
+    )
+    for model, guide in others:
+        fitted = train(model, guide, small_cells(), settings=settings(max_epochs=1), progress=False)
+        assert in_common_unit(fitted, small_cells()) is fitted
+
+
+@pytest.mark.parametrize("rates", [pv.rates.PerGene(), pv.rates.LowRank(rank=2)], ids=["per-gene", "low-rank"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"transcription": pv.transcription.TimeDependent()},
+        {"states": pv.states.Dirichlet()},
+        {"priors": pv.Priors.flat()},
+        {"likelihood": pv.likelihoods.StudentT()},
+    ],
+    ids=["time-dependent", "dirichlet", "flat", "student"],
+)
+def test_every_part_can_be_told_its_unit(parts: dict, rates: pv.rates.RateGuide) -> None:
+    data = pv.velocity_data(small_adata(), as_is=True)
+    model, guide = replace(MODEL, **parts), replace(GUIDE, rates=rates)
+    fitted = train(model, guide, data.cells, settings=settings(max_epochs=1), progress=False)
+    fit = Fit(in_common_unit(fitted, data.cells), data, "")
+    posterior = fit.posterior(draws=5)
+    assert np.isfinite(posterior.velocity_sd).all() and (posterior.rates_sd["beta"] > 0).all()
+    assert isinstance(fit.fitted.guide.rates, RescaledRates)
+
+
+def test_cells_on_the_device_are_a_sample(before: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_units, "CELLS", 20)
+    some = in_common_unit(before, small_cells())
+    every = in_common_unit(before, small_cells(), seed=1)
+    # Half as many cells stand for all of them: information is counted up.
+    ratio = some.guide.rates.shape.root[:, 2, 2] / every.guide.rates.shape.root[:, 2, 2]
+    assert ((ratio > 0.3) & (ratio < 3)).all()
+
+
+@pytest.mark.slow
+def test_intervals_of_velocities_come_to_cover_the_truth() -> None:
+    adata = small_adata(300, 40)
+    model = pv.VelocityModel(likelihood=pv.likelihoods.Tobit())
+    fit = pv.fit(model, None, adata, data=pv.velocity_data(adata, as_is=True))
+    covered = pv.coverage_of(fit, adata, progress=False).records[0].tallies["velocity"].coverage
+    assert 0.75 < covered[0.9] <= 1.0 and 0.35 < covered[0.5] < 0.8
