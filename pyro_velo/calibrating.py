@@ -133,7 +133,7 @@ def coverage_of(
     truth, unit, cells = truth_of(adata, fit.data.genes), fit.data.scaling.s_unit, fit.data.resident
     seed = fit.fitted.training.settings.seed
     record = measure(
-        fit.fitted, cells, truth, draws=draws, seed=seed, over_states=over_states, unit=unit, progress=progress
+        fit.told, cells, truth, draws=draws, seed=seed, over_states=over_states, unit=unit, progress=progress
     )
     return Calibration((record,), draws, UNITS, fit.about(draws, over_states))
 

@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,14 @@ class Fit:
     data: VelocityData
     recipe: str
 
+    @cached_property
+    def told(self) -> Fitted:
+        """The fit with genes' own times in a unit that they share (`time_units`): what all that is told is drawn from.
+
+        Bounds and diagnoses are of `fitted`, as it was trained: a bound gains nothing from a unit.
+        """
+        return in_common_unit(self.fitted, self.data.cells, seed=self.fitted.training.settings.seed)
+
     @property
     def history(self) -> dict[str, Any]:
         """The ELBO per cell by epoch: `epoch`, `train`, `held_out` (NaN where it was not evaluated), `kl_weight`.
@@ -78,7 +87,7 @@ class Fit:
         """
         seed = self.fitted.training.settings.seed
         as_if = None if batch is None else self._in_batch(batch)
-        return summarise(self.fitted, self.data.cells, draws=draws, over_states=over_states, seed=seed, as_if=as_if)
+        return summarise(self.told, self.data.cells, draws=draws, over_states=over_states, seed=seed, as_if=as_if)
 
     def velocities(
         self,
@@ -99,7 +108,7 @@ class Fit:
             receive(index, drawn.velocities.cpu().numpy() * unit)
 
         seed = self.fitted.training.settings.seed
-        stream(self.fitted, self.data.cells, scaled, draws=draws, over_states=over_states, seed=seed, progress=progress)
+        stream(self.told, self.data.cells, scaled, draws=draws, over_states=over_states, seed=seed, progress=progress)
 
     def _in_batch(self, batch: str) -> AnyCells:
         design = self.data.design
@@ -126,7 +135,7 @@ class Fit:
         one_clock = _one_clock(getattr(self.fitted.program, "recipe", None))
         if isinstance(adata, (str, Path)):
             write_file(
-                self.fitted,
+                self.told,
                 self.data,
                 adata,
                 about=self.about(draws, over_states),
@@ -245,7 +254,7 @@ def fit(
         fitted = couple(fitted, data.cells, seed=seed, progress=progress)
     if save:
         sample.save(fitted, data.cells, save, about=about)
-    return Fit(in_common_unit(fitted, data.cells, seed=seed), data, recipe)
+    return Fit(fitted, data, recipe)
 
 
 def load(
@@ -263,8 +272,7 @@ def load(
     recipe = in_words(model, guide)
     training = _resumed(folder, data, recipe)
     fitted = restore(model, guide, data.cells, training)
-    fitted = couple(fitted, data.cells, seed=seed)
-    return Fit(in_common_unit(fitted, data.cells, seed=seed), data, recipe)
+    return Fit(couple(fitted, data.cells, seed=seed), data, recipe)
 
 
 def _data_of(adata: AnnData | str | Path, seed: int, **options: Any) -> VelocityData:
