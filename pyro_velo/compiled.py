@@ -23,6 +23,9 @@ WORTH_COMPILING = 500_000_000
 WORTH_FUSING = 150_000_000
 """Cells x genes x steps, below which compiling what gradients flow through costs more than it saves (on two cores)."""
 
+OPERATIONS_AT_ONCE = 1000
+"""What a function may do in one pass over memory: torch's 64 broke a draw into eight, which kept 20 arrays between them."""
+
 _PAYS: ContextVar[bool] = ContextVar("pays", default=False)
 
 
@@ -98,6 +101,13 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     return _Spread.apply(value, like) if wanted else value
 
 
+def once(value: Tensor) -> Tensor:
+    """A gene-level `value` (G,), which where it is compiled without gradients is computed once, and not for each cell."""
+    wanted = torch.compiler.is_compiling() and not torch.is_grad_enabled() and value.ndim == 1
+    # The compiler keeps in memory what is looked at by strides.
+    return value.as_strided(value.shape, value.stride()) if wanted else value
+
+
 def summed_to(shape: torch.Size, value: Tensor) -> Tensor:
     """`value.sum_to_size(shape)`, where it is compiled and `shape` is the genes' as a product with ones.
 
@@ -149,7 +159,8 @@ class _OrAsItIs:
     """Calls the compiled function, and if its first call fails the function itself, from then on."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.call, self.tried = function, torch.compile(function, dynamic=False), False
+        options = {"max_fusion_size": OPERATIONS_AT_ONCE}
+        self.function, self.call, self.tried = function, torch.compile(function, dynamic=False, options=options), False
 
     def __call__(self, *args: Any) -> Any:
         if self.tried:

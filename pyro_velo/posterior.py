@@ -26,7 +26,8 @@ from pyro_velo.compiled import compiled
 from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
 from pyro_velo.guides import WARP, AmortizedProgram
-from pyro_velo.models.velocity import RATES, VelocityProgram
+from pyro_velo.kinetics import Rates
+from pyro_velo.models.velocity import RATES, Given, Landmarks, VelocityProgram
 from pyro_velo.states import STATES
 from pyro_velo.train import Fitted
 
@@ -170,7 +171,7 @@ def stream(
         torch.manual_seed(seed)
         rates = draw_rates(fitted, cells, draws)
         work = draws * len(cells) * cells.n_genes
-        take = compiled(partial(_take, fitted.program, over_states), work, device)
+        take = compiled(partial(_take, fitted.program, fitted.guide, over_states), work, device)
         bar = tqdm(total=len(cells), desc="posterior", unit="cell", disable=None if progress is None else not progress)
         with bar:
             for index, new in equal_parts(len(cells), CELLS_GENES_AT_ONCE // cells.n_genes):
@@ -226,14 +227,17 @@ def _draw_batch(
 ) -> Draws:
     """Every draw for one batch, which the encoder knows as `seen`."""
     velocities = batch.u.new_empty(len(rates), *batch.u.shape)
+    # What is the genes' alone is not computed again for each cell.
+    landmarks = [fitted.program.landmarks(Rates(*(each[name] for name in RATES)), each) for each in rates]
     mean = {name: torch.zeros_like(batch.u) for name in AVERAGED}
     squares = {name: torch.zeros_like(batch.u) for name in SPREAD}
-    draw_cells, z = cells_of(fitted.guide, seen, batch), torch.zeros(())
+    draw_cells, z = cells_of(fitted.guide, seen, batch, states=False), torch.zeros(())
     for i, shared in enumerate(rates):
         values = draw_cells(shared)
-        # A tensor: a number would be compiled in, and everything compiled again for the next.
-        share = torch.tensor(1 / (i + 1))
-        velocities[i] = take(values, batch, mean, squares, share)
+        # A tensor: a number would be compiled in, and everything compiled again for the next. One for each gene: what
+        # does not look at genes would be compiled into a pass of its own.
+        share = batch.u.new_full(batch.u.shape[-1:], 1 / (i + 1))
+        take(values, landmarks[i], batch, mean, squares, share, velocities[i])
         z = z + values["z"].squeeze(-2) / len(rates)
     sd = {name: (value / (len(rates) - 1)).sqrt() for name, value in squares.items()}
     return Draws(velocities, mean, sd, z)
@@ -241,34 +245,45 @@ def _draw_batch(
 
 def _take(
     program: VelocityProgram,
+    guide: Any,
     over_states: OverStates,
     values: dict[str, Tensor],
+    landmarks: Landmarks,
     batch: Batch,
     mean: dict[str, Tensor],
     squares: dict[str, Tensor],
     share: Tensor,
-) -> Tensor:
-    """The velocity (B, G) of one draw, which is taken into the running moments (Welford 1962), as 1/`share`th."""
-    explained = program.explain(values, batch)
+    into: Tensor,
+) -> None:
+    """One draw of the cells: its velocity (B, G) `into`, all into the running moments (Welford 1962), as `share` (G,)."""
+    weights = None if "pi" in values else program.recipe.states.weights_of(guide.state_outputs(values["z"], batch))
+    explained = program.explain(values, batch, Given(landmarks, weights))
     probability, log_likelihood = posterior_of_states(explained.log_joint)
     hard = over_states == "most likely" or program.recipe.states.hard
     weights = most_likely(probability) if hard else probability
     drawn = {name: over(weights, getattr(explained, name)) for name in ("velocity", "t", "u", "s")}
     drawn |= {"log_likelihood": log_likelihood, **dict(zip(STATES, probability, strict=True))}
+    into.copy_(drawn["velocity"])
     for name, value in drawn.items():
         gap = value - mean[name]
-        mean[name].add_(gap * share)
+        step = gap * share
+        mean[name].add_(step)
         if name in squares:
-            squares[name].add_(gap.square_().mul_(1 - share))
-    return drawn["velocity"]
+            squares[name].add_(gap.mul_(gap - step))
 
 
 def posterior_of_states(log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
     """p(k | u, s), and log p(u, s), from log p(k, u, s)."""
     peak = reduce(torch.maximum, log_joint)
-    weights = [torch.exp(each - peak) for each in log_joint]
+    weights = [_exp_or_zero(each - peak) for each in log_joint]
     total = sum(weights[1:], weights[0])
-    return tuple(each / total for each in weights), total.log() + peak
+    share = 1 / total
+    return tuple(each * share for each in weights), total.log() + peak
+
+
+def _exp_or_zero(x: Tensor) -> Tensor:
+    """e^x, and 0 below -60: processors take 100 times as long for numbers that are next to nothing (denormal)."""
+    return torch.where(x > -60, torch.exp(x.clamp_min(-60)), 0.0) if torch.compiler.is_compiling() else torch.exp(x)
 
 
 def state_weights(program: VelocityProgram, log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -283,14 +298,19 @@ def most_likely(probability: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple((best == k).to(probability[0].dtype) for k in range(len(probability)))
 
 
-def cells_of(guide: Any, seen: Batch, batch: Batch) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def cells_of(
+    guide: Any, seen: Batch, batch: Batch, *, states: bool = True
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """What draws the sites of a batch's cells, the gene-level ones given, which are among what it returns.
 
-    The encoder knows the cells as `seen`; `batch` is what the model then explains (see `as_if` of `stream`).
+    The encoder knows the cells as `seen`; `batch` is what the model then explains (see `as_if` of `stream`). Without
+    `states` the site `pi` is left out where z alone tells it (`StateFamily.weights_of`).
     """
     if isinstance(guide, AmortizedProgram):
         # Its cells know of the rates only through the model, and its encoder looks at a batch once for all draws.
         program, latent = guide.cells, guide.encode(seen)
+        if not states and guide.states.certain:
+            return lambda shared: {**shared, "z": guide.given(shared, latent).sample()}
         return lambda shared: {**shared, **_sampled(program, batch, guide.given(shared, latent))}
     return lambda shared: _sampled(poutine.condition(guide, data=shared), seen)
 
@@ -391,7 +411,7 @@ def quantiles(draws: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
             into[rows] = torch.from_numpy(value.astype(low.dtype)).view(into[rows].shape)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(some, [slice(start, start + 4) for start in range(0, draws.shape[1], 4)]))
+        list(pool.map(some, [slice(start, start + 8) for start in range(0, draws.shape[1], 8)]))
     return tuple(found)
 
 

@@ -109,7 +109,7 @@ class PerGeneProgram(TimesProgram):
 @fusible
 def shares_of_time(outputs: Tensor, switch: Tensor) -> tuple[Tensor, Tensor]:
     """The sigmoids of outputs (2, B, G) as shares of the times before and after the switch (G,), (B, G) each."""
-    rho_on, rho_off = torch.sigmoid(outputs)
+    rho_on, rho_off = map(torch.sigmoid, outputs)
     switch = spread(switch, rho_on)
     return rho_on * switch, rho_off * (T_MAX - switch)
 

@@ -17,7 +17,7 @@ from pyro_velo.calibration import Record
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.errors import InputError
 from pyro_velo.kinetics import Rates
-from pyro_velo.models.velocity import Explained, VelocityProgram
+from pyro_velo.models.velocity import Explained, Given, Landmarks, VelocityProgram
 from pyro_velo.posterior import Draws, OverStates, stream
 from pyro_velo.tallies import Tally, ranks, tally
 from pyro_velo.train import Fitted
@@ -116,8 +116,11 @@ class _Asked:
     def __init__(self, program: VelocityProgram, *, time: bool, drawn: bool) -> None:
         self.program, self.recipe, self.time, self.drawn = program, program.recipe, time, drawn
 
-    def explain(self, values: Mapping[str, Tensor], batch: Batch) -> Explained:
-        found = self.program.explain(values, batch)
+    def landmarks(self, rates: Rates, values: Mapping[str, Tensor]) -> Landmarks:
+        return self.program.landmarks(rates, values)
+
+    def explain(self, values: Mapping[str, Tensor], batch: Batch, *given: Given) -> Explained:
+        found = self.program.explain(values, batch, *given)
         if self.time:
             found = found._replace(velocity=found.t)
         if self.drawn:

@@ -124,9 +124,9 @@ def test_a_draws_rates_are_shared_by_all_cells(fitted, cells, monkeypatch):
     seen = []
     explain = type(fitted.program).explain
 
-    def spy(self, values, batch):
+    def spy(self, values, batch, *given):
         seen.append((values["alpha"].clone(), values["z"].shape[0]))
-        return explain(self, values, batch)
+        return explain(self, values, batch, *given)
 
     monkeypatch.setattr(type(fitted.program), "explain", spy)
     in_batches_of(monkeypatch, 16)

@@ -60,6 +60,13 @@ class Landmarks(NamedTuple):
     full: tuple[Tensor, Tensor]
 
 
+class Given(NamedTuple):
+    """What `explain` need not compute: the genes' landmarks, and the states' log-weights, (B, G) each, without `pi`."""
+
+    landmarks: Landmarks | None = None
+    log_weights: tuple[Tensor, ...] | None = None
+
+
 class Explained(NamedTuple):
     """What one draw says of a batch, state by state: `log_joint` is log p(k, u, s), (B, G) each.
 
@@ -274,7 +281,7 @@ class VelocityProgram(nn.Module):
         values = {name: spread(value, like) for name, value in values.items()}
         landmarks = Landmarks(*((spread(u, like), spread(s, like)) for u, s in landmarks))
         means = self.means(Rates(*(values[name] for name in RATES)), values, timed, landmarks)
-        terms = torch.stack(self.log_joint(self.weighted(log_weights, timed), means, values, batch))
+        terms = torch.stack(self.log_joint(self.by_state(log_weights, timed), means, values, batch))
         return terms.amax(0) if self.recipe.states.hard else terms.logsumexp(0)
 
     def means(self, rates: Rates, values: Mapping[str, Tensor], timed: Timed, landmarks: Landmarks) -> Means:
@@ -286,14 +293,19 @@ class VelocityProgram(nn.Module):
         return Means((u_on, u_full, u_off, empty), (s_on, s_full, s_off, empty))
 
     def weighted(self, log_weights: Tensor, timed: Timed) -> Tensor:
-        """The states' log-weights (4, B, G), with what the times say of them.
+        """The states' log-weights (4, B, G), with what the times say of them."""
+        return log_weights if timed.log_weights is None else torch.stack(tuple(self.by_state(log_weights, timed)))
+
+    def by_state(self, log_weights: Sequence[Tensor] | Tensor, timed: Timed) -> Sequence[Tensor] | Tensor:
+        """The same, state by state.
 
         Where the times say which of the states on the way a gene is in, these share one weight: their sum.
         """
         if timed.log_weights is None:
             return log_weights
-        running = log_weights[:3].logsumexp(0)
-        return torch.stack((running, running, running, log_weights[3])) + torch.stack(timed.log_weights)
+        running = torch.stack(tuple(log_weights[:3])).logsumexp(0)
+        every = (running, running, running, log_weights[3])
+        return tuple(weight + told for weight, told in zip(every, timed.log_weights, strict=True))
 
     def mixture(self, log_weights: Tensor, means: Means, values: Mapping[str, Tensor], batch: Batch) -> JointMixture:
         """The joint mixture over the states for both molecules."""
@@ -303,7 +315,7 @@ class VelocityProgram(nn.Module):
         )
 
     def log_joint(
-        self, log_weights: Tensor, means: Means, values: Mapping[str, Tensor], batch: Batch
+        self, log_weights: Sequence[Tensor] | Tensor, means: Means, values: Mapping[str, Tensor], batch: Batch
     ) -> tuple[Tensor, ...]:
         """Log p(k, u, s) of each state, (B, G)."""
         found = []
@@ -327,23 +339,28 @@ class VelocityProgram(nn.Module):
             found.append(self.recipe.likelihood(mean, own, scale))
         return found[0], found[1]
 
-    def explain(self, values: Mapping[str, Tensor], batch: Batch) -> Explained:
-        """What a draw of every latent site (by name) says of the cells of `batch`, state by state."""
+    def explain(self, values: Mapping[str, Tensor], batch: Batch, given: Given | None = None) -> Explained:
+        """What a draw of every latent site (by name) says of the cells of `batch`, state by state.
+
+        What is `given` already is not computed, nor is the site that it takes the place of needed.
+        """
         z = self.of_kinetics(values["z"].squeeze(-2))
         timed = self.times(batch.conditioned(z), values["switch_time"], values)
-        return self.explain_at(timed, values, batch)
+        return self.explain_at(timed, values, batch, given)
 
-    def explain_at(self, timed: Timed, values: Mapping[str, Tensor], batch: Batch) -> Explained:
+    def explain_at(
+        self, timed: Timed, values: Mapping[str, Tensor], batch: Batch, given: Given | None = None
+    ) -> Explained:
         """As `explain`, the times given; gene-level values are (G,) or, one for each cell, (B, G).
 
         z (B, 1, d), or (B, G, d) where each gene has its own.
         """
-        rates = Rates(*(values[name] for name in RATES))
-        means = self.means(rates, values, timed, self.landmarks(rates, values))
+        rates, given = Rates(*(values[name] for name in RATES)), given or Given()
+        means = self.means(rates, values, timed, given.landmarks or self.landmarks(rates, values))
         (u_on, _, u_off, _), (s_on, _, s_off, _) = means
-        weights = self.weighted(self.recipe.states.log_weights(values["pi"]), timed)
+        weights = given.log_weights or self.recipe.states.log_weights(values["pi"])
         return Explained(
-            self.log_joint(weights, means, values, batch),
+            self.log_joint(self.by_state(weights, timed), means, values, batch),
             *means,
             # In both steady states beta u = gamma s.
             velocity=(velocity(rates, u_on, s_on), 0.0, velocity(rates, u_off, s_off), 0.0),
