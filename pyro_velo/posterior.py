@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
@@ -28,6 +27,7 @@ from pyro_velo.errors import InputError
 from pyro_velo.guides import WARP, AmortizedProgram
 from pyro_velo.kinetics import Rates
 from pyro_velo.models.velocity import RATES, Given, Landmarks, VelocityProgram
+from pyro_velo.quantiles import directional_uncertainty, quantiles
 from pyro_velo.states import STATES
 from pyro_velo.train import Fitted
 
@@ -223,7 +223,7 @@ def equal_parts(n_cells: int, size: int) -> Iterator[tuple[Tensor, int]]:
 
 
 def _draw_batch(
-    fitted: Fitted, seen: Batch, batch: Batch, rates: list[dict[str, Tensor]], take: Callable[..., Tensor]
+    fitted: Fitted, seen: Batch, batch: Batch, rates: list[dict[str, Tensor]], take: Callable[..., None]
 ) -> Draws:
     """Every draw for one batch, which the encoder knows as `seen`."""
     velocities = batch.u.new_empty(len(rates), *batch.u.shape)
@@ -255,7 +255,7 @@ def _take(
     share: Tensor,
     into: Tensor,
 ) -> None:
-    """One draw of the cells: its velocity (B, G) `into`, all into the running moments (Welford 1962), as `share` (G,)."""
+    """One draw: its velocity (B, G) `into`, and all of it into the running moments (Welford 1962), as `share` (G,)."""
     weights = None if "pi" in values else program.recipe.states.weights_of(guide.state_outputs(values["z"], batch))
     explained = program.explain(values, batch, Given(landmarks, weights))
     probability, log_likelihood = posterior_of_states(explained.log_joint)
@@ -394,32 +394,3 @@ class _Summary:
 def _is_rate(name: str, draw: dict[str, Tensor]) -> bool:
     """Autoguides keep an unconstrained twin of every site; it is not reported, nor is what couples them."""
     return name in RATES or (name != WARP and not name.endswith("_unconstrained") and draw[name].ndim == 1)
-
-
-def quantiles(draws: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """Quantiles over the leading axis, linearly interpolated, from one sort: (D, B, ...) to one (B, ...) a level."""
-    found = draws.new_empty(len(levels), *draws.shape[1:])
-    last = len(draws) - 1
-
-    def some(rows: slice) -> None:
-        # The draws of a number side by side, where NumPy sorts in vector registers: four times as fast as torch.
-        ordered = np.sort(draws[:, rows].flatten(1).T.contiguous().cpu().numpy(), axis=-1)
-        for into, level in zip(found, levels, strict=True):
-            below = int(level * last)
-            low, high = ordered[:, below], ordered[:, min(below + 1, last)]
-            value = low + (high - low) * np.float32(level * last - below)
-            into[rows] = torch.from_numpy(value.astype(low.dtype)).view(into[rows].shape)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(some, [slice(start, start + 8) for start in range(0, draws.shape[1], 8)]))
-    return tuple(found)
-
-
-def directional_uncertainty(draws: Tensor, mean: Tensor) -> Tensor:
-    """Variance over draws of the cosine between a draw's velocity and the mean one: (D, B, G), (B, G) to (B,).
-
-    A draw without any velocity points nowhere: its cosine counts 0.
-    """
-    along = torch.einsum("dbg,bg->db", draws, mean)
-    lengths = torch.linalg.vector_norm(draws, dim=-1) * torch.linalg.vector_norm(mean, dim=-1)
-    return torch.where(lengths > 0, along / lengths, 0.0).var(0)

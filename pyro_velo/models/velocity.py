@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import pyro
@@ -23,13 +24,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_velo.batch import Batch, Cells
-from pyro_velo.compiled import fuses, fusible, spread
+from pyro_velo.compiled import fuses, fusible, pays, spread
 from pyro_velo.errors import InputError
 from pyro_velo.initial import Initialisation, Start, SteadyState
 from pyro_velo.kinetics import T_MAX, Rates, repression, velocity
 from pyro_velo.library import Known, Library, rough
 from pyro_velo.likelihoods import Likelihood, Normal
-from pyro_velo.mixture import JointMixture, Scored
+from pyro_velo.mixture import JointMixture, ScoredMolecules
 from pyro_velo.models.base import Model
 from pyro_velo.ordering import by_phase, curves_along, rough_order
 from pyro_velo.priors import Priors
@@ -268,7 +269,8 @@ class VelocityProgram(nn.Module):
         """p(u, s) of the batch: the joint mixture, or where it is fused its density at what was measured alone."""
         # An effect of the experimental batch picks genes' values by cell, whose gradient is no pass over memory.
         if fuses() and batch.group is None:
-            return Scored(self.log_density(log_weights, timed, landmarks, dict(values), batch), torch.Size([2]))
+            told = (log_weights, timed, landmarks, dict(values), batch)
+            return ScoredMolecules(self.log_density(*told), lambda: self.log_unspliced(*told))
         means = self.means(Rates(*(values[name] for name in RATES)), values, timed, landmarks)
         return self.mixture(self.weighted(log_weights, timed), means, values, batch)
 
@@ -283,6 +285,17 @@ class VelocityProgram(nn.Module):
         means = self.means(Rates(*(values[name] for name in RATES)), values, timed, landmarks)
         terms = torch.stack(self.log_joint(self.by_state(log_weights, timed), means, values, batch))
         return terms.amax(0) if self.recipe.states.hard else terms.logsumexp(0)
+
+    @partial(fusible, where=pays)
+    def log_unspliced(
+        self, log_weights: Tensor, timed: Timed, landmarks: Landmarks, values: dict[str, Tensor], batch: Batch
+    ) -> Tensor:
+        """Log p(u), (B, G), of the same mixture."""
+        means = self.means(Rates(*(values[name] for name in RATES)), values, timed, landmarks)
+        found = []
+        for log_weight, u, s, scale in zip(self.by_state(log_weights, timed), *means, C_K, strict=True):
+            found.append(log_weight + self.likelihoods(u, s, values, batch, scale)[0].log_prob(batch.u))
+        return torch.stack(found).amax(0) if self.recipe.states.hard else torch.stack(found).logsumexp(0)
 
     def means(self, rates: Rates, values: Mapping[str, Tensor], timed: Timed, landmarks: Landmarks) -> Means:
         """The four states' (u, s): on the way up, at its end, on the way down, and empty."""
