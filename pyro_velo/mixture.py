@@ -36,6 +36,10 @@ class ScoredMolecules(Scored):
         self.unspliced = unspliced
         super().__init__(log_density, torch.Size([2]))
 
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> TorchDistribution:
+        """Itself, in plates of its own shape."""
+        return self if torch.Size(batch_shape) == self.batch_shape else super().expand(batch_shape, _instance)
+
     @torch.no_grad()
     def log_unspliced(self, value: Tensor) -> Tensor:
         """Log p(u) of what was measured, whatever the value; see `JointMixture.log_unspliced`."""
