@@ -29,11 +29,11 @@ from pyro_velo.guides import Amortized
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.options import CALIBRATION_DRAWS, CALIBRATION_FITS, FitOptions
 from pyro_velo.plots import calibration as pictures
-from pyro_velo.posterior import check_draws
+from pyro_velo.posterior import OVER_STATES, OverStates, check_draws
 from pyro_velo.prior_draws import Like, Simulated, draw_from_prior, reference, with_fixed_priors
 from pyro_velo.time_units import in_common_unit
 from pyro_velo.train import Guide, TrainSettings, train
-from pyro_velo.truth import UNITS, States, measure, truth_of
+from pyro_velo.truth import UNITS, measure, truth_of
 from pyro_velo.version import __version__
 
 if TYPE_CHECKING:
@@ -46,14 +46,14 @@ ABOUT = "about.json"
 class CalibrationSettings:
     """How every fit is made, and what is asked of it.
 
-    `over_states`: each draw's velocity and time are the expectation over the four states ("expected", which is what a
-    fit writes), those of the most likely one, or those of a state that is "drawn" from its posterior: only these are
+    `over_states`: each draw's velocity and time are those of a state that is "drawn" from its posterior, which is what
+    a fit writes, those of the most likely one, or the expectation over the four states ("expected"): only the first are
     draws of the posterior, and would be calibrated were it exact. `recentred`: let the fit read its prior off each
     simulated data set, as it does off real data, so that truth and fit do not share one.
     """
 
     train: TrainSettings = field(default_factory=TrainSettings)
-    over_states: States = "expected"
+    over_states: OverStates = OVER_STATES
     recentred: bool = False
 
 
@@ -118,7 +118,7 @@ def coverage_of(
     adata: AnnData,
     *,
     draws: int = CALIBRATION_DRAWS,
-    over_states: States = "expected",
+    over_states: OverStates = OVER_STATES,
     progress: bool | None = None,
 ) -> Calibration:
     """Hold the fit of a simulated AnnData against its truth (`true_velocity`, `true_alpha`, ...), in layer units.

@@ -23,6 +23,9 @@ WORTH_COMPILING = 500_000_000
 WORTH_FUSING = 150_000_000
 """Cells x genes x steps, below which compiling what gradients flow through costs more than it saves (on two cores)."""
 
+OPERATIONS_AT_ONCE = 1000
+"""What a function may do in one pass over memory: torch's 64 breaks a draw into several, with arrays between them."""
+
 _PAYS: ContextVar[bool] = ContextVar("pays", default=False)
 
 
@@ -68,11 +71,12 @@ def unfused() -> Iterator[None]:
         _PAYS.reset(token)
 
 
-def fusible(function: Callable[..., Result]) -> Callable[..., Result]:
+def fusible(function: Callable[..., Result], where: Callable[[], bool] = fuses) -> Callable[..., Result]:
     """`function`, which within `fusing` is one pass over memory and not one for each of its operations.
 
-    It is compiled once for each number of genes and for any number of cells, which are on the last axis but one of the
-    first tensor among its arguments, genes on the last. Gene-level values that meet cells in it are `spread` first.
+    That is `where` gradients flow, or with `pays` where they don't. It is compiled once for each number of genes and
+    any number of cells, which are on the last axis but one of the first tensor among its arguments, genes on the last.
+    Gene-level values that meet cells in it are `spread` first.
     """
 
     @cache
@@ -81,7 +85,7 @@ def fusible(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(function)
     def call(*args: Any) -> Result:
-        if not fuses():
+        if not where():
             return function(*args)
         _cells_vary(args)
         return fused()(*args)
@@ -96,6 +100,13 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     """
     wanted = torch.compiler.is_compiling() and torch.is_grad_enabled() and value.ndim == 1
     return _Spread.apply(value, like) if wanted else value
+
+
+def once(value: Tensor) -> Tensor:
+    """A gene-level `value` (G,) that is computed once and not for each cell, where it is compiled without gradients."""
+    wanted = torch.compiler.is_compiling() and not torch.is_grad_enabled() and value.ndim == 1
+    # The compiler keeps in memory what is looked at by strides.
+    return value.as_strided(value.shape, value.stride()) if wanted else value
 
 
 def summed_to(shape: torch.Size, value: Tensor) -> Tensor:
@@ -149,7 +160,8 @@ class _OrAsItIs:
     """Calls the compiled function, and if its first call fails the function itself, from then on."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.call, self.tried = function, torch.compile(function, dynamic=False), False
+        options: dict[str, Any] = {"max_fusion_size": OPERATIONS_AT_ONCE}
+        self.function, self.call, self.tried = function, torch.compile(function, dynamic=False, options=options), False
 
     def __call__(self, *args: Any) -> Any:
         if self.tried:

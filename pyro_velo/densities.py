@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_velo.compiled import summed_to
+from pyro_velo.compiled import once, summed_to
 from pyro_velo.special import stirling_error, stirling_series, stirling_series_slope, stirling_slope
 
 LEAST_MEAN = 2.0**-40
@@ -124,9 +124,9 @@ class _NormalLogDensity(torch.autograd.Function):
 
 def _normal(x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The log-density, (x - mean) / scale, and 1 / scale."""
-    inverse = scale.reciprocal()
+    inverse = once(scale.reciprocal())
     d = (x - mean).mul_(inverse)
-    return torch.addcmul(-scale.log() - math.log(2 * math.pi) / 2, d, d, value=-0.5), d, inverse
+    return torch.addcmul(once(-scale.log() - math.log(2 * math.pi) / 2), d, d, value=-0.5), d, inverse
 
 
 class _CensoredNormalLogDensity(torch.autograd.Function):

@@ -29,7 +29,7 @@ from pyro_velo.forensics import NonFiniteError
 from pyro_velo.guides import Amortized
 from pyro_velo.models.base import Model
 from pyro_velo.models.velocity import VelocityModel
-from pyro_velo.posterior import Draws, OverStates, Posterior, stream, summarise
+from pyro_velo.posterior import OVER_STATES, Draws, OverStates, Posterior, stream, summarise
 from pyro_velo.processes import team
 from pyro_velo.refinement import refine
 from pyro_velo.time_units import in_common_unit
@@ -79,7 +79,7 @@ class Fit:
         return self.fitted.training.epoch
 
     def posterior(
-        self, *, draws: int = 100, over_states: OverStates = "expected", batch: str | None = None
+        self, *, draws: int = 100, over_states: OverStates = OVER_STATES, batch: str | None = None
     ) -> Posterior:
         """Summaries of the posterior in the units of the model; see `posterior.summarise`.
 
@@ -100,7 +100,8 @@ class Fit:
         """Call `receive(cells, velocities)` for one batch of cells after the other, without ever holding all draws.
 
         `cells` (B,) are their numbers, `velocities` (draws, B, fitted genes) in the units of the spliced layer per unit
-        of latent time. The i-th draws of all cells are one draw of the whole; they are those that `write` summarises.
+        of latent time. The i-th draws of all cells are one draw of the whole; with `over_states="drawn"`
+        they are those that `write` summarises.
         """
         unit = self.data.scaling.s_unit
 
@@ -121,7 +122,7 @@ class Fit:
         adata: AnnData | str | Path,
         *,
         draws: int = 100,
-        over_states: OverStates = "expected",
+        over_states: OverStates = OVER_STATES,
         overwrite: bool = False,
     ) -> None:
         """Write velocities, times and rates, each with its uncertainty, into `adata` under the keys of `anndata_keys`.

@@ -25,7 +25,7 @@ from pyro_velo.fates import Fates
 from pyro_velo.fitting import Fit
 from pyro_velo.macrostates import terminal_states
 from pyro_velo.options import COLOR
-from pyro_velo.posterior import OverStates, check_draws
+from pyro_velo.posterior import OVER_STATES, OverStates, check_draws
 from pyro_velo.transitions import SCALE, Receiver, Stream, Transitions
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def uncertainty(
     check_draws(draws)
     _check_free(adata, {"obs": (keys.VELOCITY_UNCERTAINTY_EXTRINSIC,)}, overwrite)
     graph = _graph(adata, fit)
-    stream, expression, unit = _streamed(fit, draws, "expected", progress)
+    stream, expression, unit = _streamed(fit, draws, OVER_STATES, progress)
     found = directions.uncertainty(stream, expression, graph, unit=unit, scale=scale, steps=steps)
     adata.obs[keys.VELOCITY_UNCERTAINTY_EXTRINSIC] = found.extrinsic.variance.astype(np.float32)
     return found

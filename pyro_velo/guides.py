@@ -93,4 +93,8 @@ class AmortizedProgram(nn.Module):
         with pyro.plate("cells", batch.n_cells, subsample=batch.index, dim=-2):
             z = pyro.sample("z", latent)
             with genes:
-                self.states.posterior(self.state_decoder(batch.conditioned(self.of_kinetics(z.squeeze(-2)))))
+                self.states.posterior(self.state_outputs(z, batch))
+
+    def state_outputs(self, z: Tensor, batch: Batch) -> Tensor:
+        """What q(pi | z) goes by: z (B, 1, d) to (heads, B, G)."""
+        return self.state_decoder(batch.conditioned(self.of_kinetics(z.squeeze(-2))))

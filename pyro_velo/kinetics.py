@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_velo.compiled import once
+
 T_MAX = 20.0
 """The latest latent time (veloVI's convention); rates are per unit of it."""
 
@@ -39,9 +41,13 @@ def lag(beta: Tensor, gamma: Tensor, tau: Tensor) -> Tensor:
 
     Shapes: beta, gamma (G,) in 1/time; tau (..., G) in time; returns (..., G) in time.
     """
+    # Compiled, expm1(x) is exp(x) - 1, and no better than a difference of exponentials, which there are already.
+    return _lag(beta, gamma, tau, torch.exp(-beta * tau), torch.exp(-gamma * tau))
+
+
+def _lag(beta: Tensor, gamma: Tensor, tau: Tensor, at_beta: Tensor, at_gamma: Tensor) -> Tensor:
+    """The same, of exponentials that are known."""
     gap = (gamma - beta).abs() * tau
-    # Compiled, expm1(x) is exp(x) - 1, and no better than a difference of exponentials, which `induction` has already.
-    at_beta, at_gamma = torch.exp(-beta * tau), torch.exp(-gamma * tau)
     small, large = gap.clamp_max(LAG_SERIES_BELOW), gap.clamp_min(LAG_SERIES_BELOW)
     series = torch.maximum(at_beta, at_gamma) * _mean_decay_series(small, 11 if gap.dtype == torch.float64 else 6)
     return tau * torch.where(gap < LAG_SERIES_BELOW, series, (at_beta - at_gamma).abs() / large)
@@ -57,8 +63,9 @@ def induction(alpha: Tensor, beta: Tensor, gamma: Tensor, tau: Tensor) -> tuple[
     >>> round(u.item(), 2), round(s.item(), 2)
     (4.68, 1.85)
     """
-    u = -alpha / beta * torch.expm1(-beta * tau)
-    s = -alpha / gamma * torch.expm1(-gamma * tau) - alpha * lag(beta, gamma, tau)
+    by_beta, by_gamma = torch.expm1(-beta * tau), torch.expm1(-gamma * tau)
+    u = once(-alpha / beta) * by_beta
+    s = once(-alpha / gamma) * by_gamma - alpha * _lag(beta, gamma, tau, by_beta + 1, by_gamma + 1)
     return u, s
 
 
@@ -149,8 +156,9 @@ def _divided_difference(p: Tensor, q: Tensor) -> Tensor:
 
 def repression(u0: Tensor, s0: Tensor, beta: Tensor, gamma: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """(u, s) a time `tau` after transcription stopped at (u0, s0) (Bergen et al. 2020, eq. 6-7 with alpha = 0)."""
-    u = u0 * torch.exp(-beta * tau)
-    s = s0 * torch.exp(-gamma * tau) + beta * u0 * lag(beta, gamma, tau)
+    at_beta, at_gamma = torch.exp(-beta * tau), torch.exp(-gamma * tau)
+    u = u0 * at_beta
+    s = s0 * at_gamma + beta * u0 * _lag(beta, gamma, tau, at_beta, at_gamma)
     return u, s
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -26,6 +27,23 @@ class Scored(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """The log density of what was measured, whatever the value."""
         return self.log_density
+
+
+class ScoredMolecules(Scored):
+    """Of both molecules, which can still be told apart, without a gradient: `unspliced` gives log p(u), (...)."""
+
+    def __init__(self, log_density: Tensor, unspliced: Callable[[], Tensor]) -> None:
+        self.unspliced = unspliced
+        super().__init__(log_density, torch.Size([2]))
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> TorchDistribution:
+        """Itself, in plates of its own shape."""
+        return self if torch.Size(batch_shape) == self.batch_shape else super().expand(batch_shape, _instance)
+
+    @torch.no_grad()
+    def log_unspliced(self, value: Tensor) -> Tensor:
+        """Log p(u) of what was measured, whatever the value; see `JointMixture.log_unspliced`."""
+        return self.unspliced()
 
 
 class JointMixture(TorchDistribution):

@@ -54,4 +54,8 @@ class Decoder(nn.Module):
         """Unconstrained outputs, one slice a head."""
         h = self.trunk(z)
         # One product for all heads: stacking the results of several would copy the largest tensor of the program.
-        return torch.baddbmm(self.bias, h.expand(len(self.weight), *h.shape), self.weight)
+        h = h.expand(len(self.weight), *h.shape)
+        if torch.compiler.is_compiling():
+            # The bias is then added where the product is used, in the same pass.
+            return torch.bmm(h, self.weight) + self.bias
+        return torch.baddbmm(self.bias, h, self.weight)

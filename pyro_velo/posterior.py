@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
@@ -26,13 +25,19 @@ from pyro_velo.compiled import compiled
 from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
 from pyro_velo.guides import WARP, AmortizedProgram
-from pyro_velo.models.velocity import RATES, VelocityProgram
+from pyro_velo.kinetics import Rates
+from pyro_velo.models.velocity import RATES, Given, Landmarks, VelocityProgram
+from pyro_velo.quantiles import directional_uncertainty, quantiles
 from pyro_velo.states import STATES
 from pyro_velo.train import Fitted
 
 Array = NDArray[np.float32]
-OverStates = Literal["expected", "most likely"]
+OverStates = Literal["expected", "most likely", "drawn"]
+OVER_STATES: OverStates = "drawn"
+"""What is told of a fit: an interval of a velocity holds that its state is not known."""
 
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""By which the number that a state is drawn by moves on from draw to draw: so few draws hold a state in its share."""
 CELLS_GENES_AT_ONCE = 512 * 1024
 """Cells x genes that are looked at together: measured; smaller batches pay more overhead, larger ones more memory.
 
@@ -110,7 +115,7 @@ def summarise(
     cells: AnyCells,
     *,
     draws: int = 100,
-    over_states: OverStates = "expected",
+    over_states: OverStates = OVER_STATES,
     seed: int = 0,
     progress: bool | None = None,
     as_if: AnyCells | None = None,
@@ -119,8 +124,8 @@ def summarise(
 
     `as_if`: the same cells with other covariates, under which they are predicted once the encoder has seen them.
 
-    `over_states`: each draw's velocity and time are the expectation over the four states, or those of the most likely
-    one.
+    `over_states`: each draw's velocity and time are the expectation over the four states, those of the most likely one,
+    or those of one that is drawn with its probability.
 
     Raises InputError for fewer than two draws, which have no spread.
     """
@@ -170,13 +175,13 @@ def stream(
         torch.manual_seed(seed)
         rates = draw_rates(fitted, cells, draws)
         work = draws * len(cells) * cells.n_genes
-        take = compiled(partial(_take, fitted.program, over_states), work, device)
+        take = compiled(partial(_take, fitted.program, fitted.guide, over_states), work, device)
         bar = tqdm(total=len(cells), desc="posterior", unit="cell", disable=None if progress is None else not progress)
         with bar:
             for index, new in equal_parts(len(cells), CELLS_GENES_AT_ONCE // cells.n_genes):
                 batch = cells.batch(index.to(device))
                 told = batch if as_if is None else as_if.batch(index.to(device))
-                receive(index[:new].numpy(), _draw_batch(fitted, batch, told, rates, take).first(new))
+                receive(index[:new].numpy(), _draw_batch(fitted, batch, told, rates, take, over_states == "drawn").first(new))
                 bar.update(new)
     return rates
 
@@ -222,18 +227,28 @@ def equal_parts(n_cells: int, size: int) -> Iterator[tuple[Tensor, int]]:
 
 
 def _draw_batch(
-    fitted: Fitted, seen: Batch, batch: Batch, rates: list[dict[str, Tensor]], take: Callable[..., Tensor]
+    fitted: Fitted,
+    seen: Batch,
+    batch: Batch,
+    rates: list[dict[str, Tensor]],
+    take: Callable[..., None],
+    states_drawn: bool,
 ) -> Draws:
     """Every draw for one batch, which the encoder knows as `seen`."""
     velocities = batch.u.new_empty(len(rates), *batch.u.shape)
+    # What is the genes' alone is not computed again for each cell.
+    landmarks = [fitted.program.landmarks(Rates(*(each[name] for name in RATES)), each) for each in rates]
     mean = {name: torch.zeros_like(batch.u) for name in AVERAGED}
     squares = {name: torch.zeros_like(batch.u) for name in SPREAD}
-    draw_cells, z = cells_of(fitted.guide, seen, batch), torch.zeros(())
+    draw_cells, z = cells_of(fitted.guide, seen, batch, states=False), torch.zeros(())
+    place = torch.rand_like(batch.u) if states_drawn else torch.zeros_like(batch.u[:1, :1])
     for i, shared in enumerate(rates):
         values = draw_cells(shared)
-        # A tensor: a number would be compiled in, and everything compiled again for the next.
-        share = torch.tensor(1 / (i + 1))
-        velocities[i] = take(values, batch, mean, squares, share)
+        # A tensor: a number would be compiled in, and everything compiled again for the next. One for each gene: what
+        # does not look at genes would be compiled into a pass of its own.
+        share = batch.u.new_full(batch.u.shape[-1:], 1 / (i + 1))
+        turn = torch.full_like(share, i * GOLDEN % 1)
+        take(values, landmarks[i], batch, mean, squares, (share, place, turn), velocities[i])
         z = z + values["z"].squeeze(-2) / len(rates)
     sd = {name: (value / (len(rates) - 1)).sqrt() for name, value in squares.items()}
     return Draws(velocities, mean, sd, z)
@@ -241,34 +256,51 @@ def _draw_batch(
 
 def _take(
     program: VelocityProgram,
+    guide: Any,
     over_states: OverStates,
     values: dict[str, Tensor],
+    landmarks: Landmarks,
     batch: Batch,
     mean: dict[str, Tensor],
     squares: dict[str, Tensor],
-    share: Tensor,
-) -> Tensor:
-    """The velocity (B, G) of one draw, which is taken into the running moments (Welford 1962), as 1/`share`th."""
-    explained = program.explain(values, batch)
+    how: tuple[Tensor, Tensor, Tensor],
+    into: Tensor,
+) -> None:
+    """One draw: its velocity (B, G) `into`, and all of it into the running moments (Welford 1962).
+
+    `how`: as which share (G,), and by which uniform numbers (B, G), moved on by how much (G,), states are drawn.
+    """
+    share, place, turn = how
+    weights = None if "pi" in values else program.recipe.states.weights_of(guide.state_outputs(values["z"], batch))
+    explained = program.explain(values, batch, Given(landmarks, weights))
     probability, log_likelihood = posterior_of_states(explained.log_joint)
-    hard = over_states == "most likely" or program.recipe.states.hard
-    weights = most_likely(probability) if hard else probability
+    if over_states == "most likely" or program.recipe.states.hard:
+        weights = most_likely(probability)
+    else:
+        weights = drawn_states(probability, torch.frac(place + turn)) if over_states == "drawn" else probability
     drawn = {name: over(weights, getattr(explained, name)) for name in ("velocity", "t", "u", "s")}
     drawn |= {"log_likelihood": log_likelihood, **dict(zip(STATES, probability, strict=True))}
+    into.copy_(drawn["velocity"])
     for name, value in drawn.items():
         gap = value - mean[name]
-        mean[name].add_(gap * share)
+        step = gap * share
+        mean[name].add_(step)
         if name in squares:
-            squares[name].add_(gap.square_().mul_(1 - share))
-    return drawn["velocity"]
+            squares[name].add_(gap.mul_(gap - step))
 
 
 def posterior_of_states(log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
     """p(k | u, s), and log p(u, s), from log p(k, u, s)."""
     peak = reduce(torch.maximum, log_joint)
-    weights = [torch.exp(each - peak) for each in log_joint]
+    weights = [_exp_or_zero(each - peak) for each in log_joint]
     total = sum(weights[1:], weights[0])
-    return tuple(each / total for each in weights), total.log() + peak
+    share = 1 / total
+    return tuple(each * share for each in weights), total.log() + peak
+
+
+def _exp_or_zero(x: Tensor) -> Tensor:
+    """e^x, and 0 below -60: processors take 100 times as long for numbers that are next to nothing (denormal)."""
+    return torch.where(x > -60, torch.exp(x.clamp_min(-60)), 0.0) if torch.compiler.is_compiling() else torch.exp(x)
 
 
 def state_weights(program: VelocityProgram, log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -283,14 +315,29 @@ def most_likely(probability: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple((best == k).to(probability[0].dtype) for k in range(len(probability)))
 
 
-def cells_of(guide: Any, seen: Batch, batch: Batch) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def drawn_states(probability: Sequence[Tensor], place: Tensor) -> tuple[Tensor, ...]:
+    """One for the state that uniform numbers `place` (B, G) fall on, and zero for the others."""
+    found, below = [], torch.zeros_like(place)
+    for each in probability[:-1]:
+        above = below + each
+        found.append(((below <= place) & (place < above)).to(place))
+        below = above
+    return (*found, (below <= place).to(place))
+
+
+def cells_of(
+    guide: Any, seen: Batch, batch: Batch, *, states: bool = True
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """What draws the sites of a batch's cells, the gene-level ones given, which are among what it returns.
 
-    The encoder knows the cells as `seen`; `batch` is what the model then explains (see `as_if` of `stream`).
+    The encoder knows the cells as `seen`; `batch` is what the model then explains (see `as_if` of `stream`). Without
+    `states` the site `pi` is left out where z alone tells it (`StateFamily.weights_of`).
     """
     if isinstance(guide, AmortizedProgram):
         # Its cells know of the rates only through the model, and its encoder looks at a batch once for all draws.
         program, latent = guide.cells, guide.encode(seen)
+        if not states and guide.states.certain:
+            return lambda shared: {**shared, "z": guide.given(shared, latent).sample()}
         return lambda shared: {**shared, **_sampled(program, batch, guide.given(shared, latent))}
     return lambda shared: _sampled(poutine.condition(guide, data=shared), seen)
 
@@ -374,32 +421,3 @@ class _Summary:
 def _is_rate(name: str, draw: dict[str, Tensor]) -> bool:
     """Autoguides keep an unconstrained twin of every site; it is not reported, nor is what couples them."""
     return name in RATES or (name != WARP and not name.endswith("_unconstrained") and draw[name].ndim == 1)
-
-
-def quantiles(draws: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """Quantiles over the leading axis, linearly interpolated, from one sort: (D, B, ...) to one (B, ...) a level."""
-    found = draws.new_empty(len(levels), *draws.shape[1:])
-    last = len(draws) - 1
-
-    def some(rows: slice) -> None:
-        # The draws of a number side by side, where NumPy sorts in vector registers: four times as fast as torch.
-        ordered = np.sort(draws[:, rows].flatten(1).T.contiguous().cpu().numpy(), axis=-1)
-        for into, level in zip(found, levels, strict=True):
-            below = int(level * last)
-            low, high = ordered[:, below], ordered[:, min(below + 1, last)]
-            value = low + (high - low) * np.float32(level * last - below)
-            into[rows] = torch.from_numpy(value.astype(low.dtype)).view(into[rows].shape)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(some, [slice(start, start + 4) for start in range(0, draws.shape[1], 4)]))
-    return tuple(found)
-
-
-def directional_uncertainty(draws: Tensor, mean: Tensor) -> Tensor:
-    """Variance over draws of the cosine between a draw's velocity and the mean one: (D, B, G), (B, G) to (B,).
-
-    A draw without any velocity points nowhere: its cosine counts 0.
-    """
-    along = torch.einsum("dbg,bg->db", draws, mean)
-    lengths = torch.linalg.vector_norm(draws, dim=-1) * torch.linalg.vector_norm(mean, dim=-1)
-    return torch.where(lengths > 0, along / lengths, 0.0).var(0)

@@ -57,8 +57,37 @@ class _GammaFunctions(torch.autograd.Function):
 
 
 def digamma(x: Tensor) -> Tensor:
-    r"""$\psi(x)$ for x > 0, without a gradient; as in `log_gamma_and_digamma`."""
-    return torch.digamma(x) if x.dtype == torch.float64 else _digamma(x, *_recurrence(x))
+    r"""$\psi(x)$ for x > 0, without a gradient; float64 is left to torch.
+
+    By the recurrence to x + 3 and five terms of the series there, with one division; the first term left out is 4e-8.
+    """
+    if x.dtype == torch.float64:
+        return torch.digamma(x)
+    # 1/x + 1/(x+1) + 1/(x+2) = (3w - 3x + 2) / p with w = x(x + 3), and p their common denominator.
+    y = x + 3
+    w = x * y
+    p = (w + 2).mul_(x)
+    over = (p * y).reciprocal_()
+    inverse, below = p * over, (w - x).mul_(3).add_(2).mul_(y.mul_(over))
+    square = inverse * inverse
+    series = (square * (1 / 132)).sub_(1 / 240).mul_(square).add_(1 / 252).mul_(square).sub_(1 / 120)
+    series = series.mul_(square).add_(1 / 12).mul_(square)
+    return (x + 3).log_().sub_(inverse, alpha=0.5).sub_(series).sub_(below)
+
+
+def softplus(x: Tensor) -> Tensor:
+    r"""$\log(1 + e^x)$: torch's, and in float32, where it is compiled, in half its time."""
+    if x.dtype != torch.float32 or not torch.compiler.is_compiling():
+        return torch.nn.functional.softplus(x)
+    t = torch.exp(-x.abs())
+    return x.clamp_min(0) + t * _polynomial(t, _LOG1P)
+
+
+_LOG1P = (
+    0.999999971, -0.499995015, 0.333192713, -0.248443699, 0.191114311, -0.136747697, 0.078361668, -0.0295885074,
+    0.0052534578,
+)  # fmt: skip
+"""log(1 + t) / t on [0, 1], by Chebyshev's points: 3e-8 off."""
 
 
 def trigamma(x: Tensor) -> Tensor:

@@ -27,11 +27,10 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import softplus
 
 from pyro_velo.compiled import fusible
 from pyro_velo.errors import InputError
-from pyro_velo.special import digamma, log_gamma_and_digamma, trigamma
+from pyro_velo.special import digamma, log_gamma_and_digamma, softplus, trigamma
 
 STATES = ("induction", "induction steady state", "repression", "repression steady state")
 
@@ -52,6 +51,13 @@ class StateFamily(ABC):
     @abstractmethod
     def posterior(self, outputs: Tensor) -> None:
         """Draw `pi` in the guide from the network's outputs (heads, B, G)."""
+
+    certain: bool = False
+    """Whether `posterior` draws nothing: the network's outputs tell the weights, which `weights_of` gives."""
+
+    def weights_of(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        """Where `certain`: each state's log-weights (B, G), from the network's outputs (heads, B, G)."""
+        raise NotImplementedError(f"{type(self).__name__} draws its weights.")
 
     @abstractmethod
     def log_weights(self, pi: Tensor) -> Tensor:
@@ -115,6 +121,14 @@ class Collapsed(StateFamily):
     def posterior(self, outputs: Tensor) -> None:
         """Hand q's concentrations to the model: a point, without a density of its own."""
         pyro.sample("pi", Concentrations(concentrations(outputs), event_dim=1).mask(False))
+
+    certain = True
+
+    def weights_of(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        """E_q[log pi_k], state by state, which is compiled into a single pass."""
+        q = [_positive(each) for each in outputs]
+        of_total = digamma(_total(q))
+        return tuple(digamma(each) - of_total for each in q)
 
     def log_weights(self, pi: Tensor) -> Tensor:
         """E_q[log pi_k] = digamma(q_k) - digamma(sum of q)."""
@@ -226,6 +240,7 @@ class Hard(StateFamily):
     """
 
     hard = True
+    certain = True
 
     def prior(self, concentration: float, like: Tensor) -> Tensor:
         """The guide's weights, or equal ones; the concentration is not used."""
@@ -235,6 +250,10 @@ class Hard(StateFamily):
     def posterior(self, outputs: Tensor) -> None:
         """Hand the logits to the model: a point, without a density of its own."""
         pyro.sample("pi", dist.Delta(outputs.movedim(0, -1), event_dim=1).mask(False))
+
+    def weights_of(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        """Log softmax of the outputs, less log 4."""
+        return tuple(outputs.log_softmax(0) - math.log(len(STATES)))
 
     def log_weights(self, pi: Tensor) -> Tensor:
         """Log softmax of the logits, less log 4."""

@@ -133,7 +133,7 @@ class PerGeneProgram(TimesProgram):
 @fusible
 def shares_of_time(outputs: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """The sigmoids of outputs (2, B, G) as shares of the times before and after the switch (G,), (B, G) each."""
-    rho_on, rho_off = torch.sigmoid(outputs)
+    rho_on, rho_off = map(torch.sigmoid, outputs)
     return rho_on * spread(before, rho_on), rho_off * spread(after, rho_off)
 
 

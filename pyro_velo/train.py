@@ -19,12 +19,13 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.util import torch_item
 from pyro.optim import ClippedAdam
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Data, Minibatch
-from pyro_velo.compiled import fusing
+from pyro_velo.compiled import fusing, pays
 from pyro_velo.doctor.terms import draws_together, terms_of
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import Culprit, NonFiniteError, blame
@@ -364,8 +365,11 @@ class _Loop:
 
     @contextmanager
     def _looking(self, i: int) -> Iterator[None]:
-        """Without gradients, and with the noise of the i-th batch of a look, whichever process looks at it."""
-        with _own_noise(self.cells, self.settings.seed + i), torch.no_grad():
+        """With the noise of the i-th batch of a look, whichever process looks at it, and without gradients.
+
+        But where steps are fused: what is compiled for them serves a look, too, and no gradient is asked for.
+        """
+        with _own_noise(self.cells, self.settings.seed + i), torch.set_grad_enabled(pays()):
             yield
 
     def _loss(self, batch: Minibatch, terms: dict[str, float], share: float) -> float:
@@ -381,8 +385,8 @@ class _Loop:
         for term in found.grouped().terms:
             terms[term.name] = terms.get(term.name, 0.0) + share * term.value.item()
         if self.closed:
-            return -float(found.total)
-        return float(guide.log_prob_sum()) - float(model.log_prob_sum())
+            return -torch_item(found.total)
+        return torch_item(guide.log_prob_sum()) - torch_item(model.log_prob_sum())
 
     def _train_terms(self) -> dict[str, float]:
         """The terms of as many training cells as are held out, with the same noise every time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from pyro_velo.calibration import Record
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.errors import InputError
 from pyro_velo.kinetics import Rates
-from pyro_velo.models.velocity import Explained, VelocityProgram
-from pyro_velo.posterior import Draws, OverStates, stream
+from pyro_velo.models.velocity import Explained, Given, Landmarks, VelocityProgram
+from pyro_velo.posterior import OVER_STATES, Draws, OverStates, stream
 from pyro_velo.tallies import Tally, ranks, tally
 from pyro_velo.train import Fitted
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 Array = NDArray[np.float64]
-States = OverStates | Literal["drawn"]
 LOGARITHMIC = ("alpha", "beta", "gamma", "gamma/beta")
 UNITS = dict.fromkeys(LOGARITHMIC, "log") | {"switch_time": "time", "time": "time", "velocity": "abundance/time"}
 
@@ -47,7 +46,7 @@ def measure(
     *,
     draws: int,
     seed: int,
-    over_states: States = "expected",
+    over_states: OverStates = OVER_STATES,
     unit: Any = 1.0,
     progress: bool | None = None,
 ) -> Record:
@@ -60,13 +59,12 @@ def measure(
     chosen = (int(rng.integers(len(cells))), int(rng.integers(cells.n_genes)))
     tallies: dict[str, Tally] = {}
     rank: dict[str, int] = {}
-    over: OverStates = "most likely" if over_states == "drawn" else over_states
     drawn: list[dict[str, Tensor]] = []
     for name, values, scale in (("velocity", truth.velocity, unit), ("time", truth.time, 1.0)):
         seen = _Counting(values, draws, scale, rng, chosen)
-        asked = _Asked(fitted.program, time=name == "time", drawn=over_states == "drawn")
+        asked = _Asked(fitted.program, time=name == "time")
         drawn = stream(
-            replace(fitted, program=asked), cells, seen, draws=draws, over_states=over, seed=seed, progress=progress
+            replace(fitted, program=asked), cells, seen, draws=draws, over_states=over_states, seed=seed, progress=progress
         )
         tallies[name] = seen.tally
         if seen.rank is not None:
@@ -111,23 +109,17 @@ class _Counting:
 
 
 class _Asked:
-    """A program that is asked for times in the place of velocities, or for a state that is drawn."""
+    """A program that may be asked for times in the place of velocities."""
 
-    def __init__(self, program: VelocityProgram, *, time: bool, drawn: bool) -> None:
-        self.program, self.recipe, self.time, self.drawn = program, program.recipe, time, drawn
+    def __init__(self, program: VelocityProgram, *, time: bool) -> None:
+        self.program, self.recipe, self.time = program, program.recipe, time
 
-    def explain(self, values: Mapping[str, Tensor], batch: Batch) -> Explained:
-        found = self.program.explain(values, batch)
-        if self.time:
-            found = found._replace(velocity=found.t)
-        if self.drawn:
-            # The largest of log-probabilities with Gumbel noise is a draw from them (Maddison et al. 2014).
-            found = found._replace(log_joint=tuple(each + _gumbel(each) for each in found.log_joint))
-        return found
+    def landmarks(self, rates: Rates, values: Mapping[str, Tensor]) -> Landmarks:
+        return self.program.landmarks(rates, values)
 
-
-def _gumbel(like: Tensor) -> Tensor:
-    return -torch.empty_like(like).exponential_().clamp_min(torch.finfo(like.dtype).tiny).log()
+    def explain(self, values: Mapping[str, Tensor], batch: Batch, *given: Given) -> Explained:
+        found = self.program.explain(values, batch, *given)
+        return found._replace(velocity=found.t) if self.time else found
 
 
 def truth_of(adata: AnnData, genes: NDArray[np.bool_]) -> Truth:

@@ -24,9 +24,10 @@ from pyro_velo.library import Inferred
 from pyro_velo.likelihoods import LIKELIHOODS, PROFILE_LIKELIHOODS
 from pyro_velo.models.vae import VAE
 from pyro_velo.profiles import Profiles
-from pyro_velo.states import Hard
+from pyro_velo.special import softplus
+from pyro_velo.states import STATE_FAMILIES, Hard
 from pyro_velo.times import TIMES
-from pyro_velo.train import Training, apart, per_cell
+from pyro_velo.train import Training, TrainSettings, _Loop, apart, per_cell
 from pyro_velo.transcription import TRANSCRIPTIONS
 
 pytestmark = [
@@ -194,6 +195,50 @@ def test_a_gene_is_blamed_by_name_although_a_fused_step_knows_of_cells_alone(com
             program.decoding.emission.start["dispersion"][4] = torch.nan
         culprit = blame(program, Encoder((8,))(program), cells.batch(torch.arange(20)), {})
     assert "site 'x'" in culprit.what and culprit.gene == 4 and compilations == []
+
+
+@pytest.mark.parametrize("states", STATE_FAMILIES.values(), ids=STATE_FAMILIES.keys())
+def test_the_weights_of_what_is_certain_are_those_of_its_site(states, double):
+    outputs = torch.linspace(-12, 25, 4 * 30 * 7).reshape(7, 30, 4).permute(2, 1, 0)
+    family = states()
+    if not family.certain:
+        with pytest.raises(NotImplementedError, match="draws its weights"):
+            family.weights_of(outputs)
+        return
+    drawn = poutine.trace(family.posterior).get_trace(outputs).nodes["pi"]["value"]
+    assert_close(torch.stack(family.weights_of(outputs)), family.log_weights(drawn))
+
+
+LOOKS = ["normal", "hard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nb", "shared times"))]
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_fused_look_tells_the_terms_of_a_plain_one_apart(name, double):
+    made = {part: make() for part, make in VELOCITY[name].items()}
+    model = pv.VelocityModel(n_latent=2, hidden=(8,), **made)
+    cells = (counted if model.likelihood.counts else abundances)(torch.float64)
+    with apart(cells, 0):
+        program = model.build(cells)
+        loop = _Loop(program, GUIDE(program), cells, TrainSettings(held_out=0.3), Trace_ELBO(), None)
+        found = []
+        for much in (0, MUCH):
+            with fusing(much, CPU):
+                found.append((torch.tensor(loop._look(0), dtype=torch.float64), loop.state.history.terms))
+            loop.state.history.terms = {}
+    (plain, terms), (fused, fused_terms) = found
+    assert_close(fused, plain)
+    assert terms.keys() == fused_terms.keys()
+    for which, values in terms.items():
+        assert {"unspliced", "spliced", "kl_z"} <= values.keys() == fused_terms[which].keys()
+        for term, value in values.items():
+            assert fused_terms[which][term] == pytest.approx(value, rel=1e-10), term
+
+
+def test_a_compiled_softplus_is_torchs_to_rounding():
+    x = torch.cat((torch.linspace(-80, 80, 3001), torch.linspace(-1, 1, 3000)))
+    found = torch.compile(softplus, dynamic=False)(x)
+    exact = torch.nn.functional.softplus(x.double())
+    assert ((found - exact).abs() <= 3e-7 * exact).all()
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ LAYERS: dict[int, set[str]] = {
         "compiled",
         "memory",
         "moments",
+        "quantiles",
         "data.anndata_keys",
     },
     1: {
@@ -66,6 +67,7 @@ SIDEWAYS = {
     ("profiles", "batch"),
     ("densities", "special"),
     ("densities", "compiled"),
+    ("kinetics", "compiled"),
     ("disk_profiles", "disk"),
     ("emission", "likelihoods"),
     ("times", "priors"),

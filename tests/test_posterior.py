@@ -12,10 +12,11 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from pyro import poutine
 from small import small_cells, small_fit
+from tolerances import STANDARD_ERRORS
 
 from pyro_velo import posterior as module
 from pyro_velo.errors import InputError
-from pyro_velo.posterior import directional_uncertainty, quantiles, summarise
+from pyro_velo.posterior import GOLDEN, directional_uncertainty, drawn_states, quantiles, summarise
 
 DRAWS = 40
 LAYERS = ("velocity", "velocity_sd", "velocity_q05", "velocity_q95", "t", "t_sd", "u", "s")
@@ -46,13 +47,18 @@ def all_at_once(fitted, cells, over_states, seed=0):
         one_cell = cells.batch(torch.arange(1))
         rates = [poutine.trace(fitted.guide).get_trace(one_cell).nodes for _ in range(DRAWS)]
         rates = [{name: nodes[name]["value"] for name in nodes if shared(nodes[name])} for nodes in rates]
+        place = torch.rand_like(batch.u) if over_states == "drawn" else None
         for given in rates:
             trace = poutine.trace(pyro.condition(fitted.guide, data=given)).get_trace(batch)
             values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
             explained = fitted.program.explain(values, batch)
             log_joint = torch.stack(explained.log_joint)
             p = torch.softmax(log_joint, 0)
-            w = p if over_states == "expected" else torch.nn.functional.one_hot(p.argmax(0), 4).movedim(-1, 0)
+            state = p.argmax(0)
+            if over_states == "drawn":
+                # The golden ratio's steps, by which states come up in their share.
+                state = ((place + len(out["p"]) * 0.6180339887498949) % 1 >= p.cumsum(0)[:3]).sum(0)
+            w = p if over_states == "expected" else torch.nn.functional.one_hot(state, 4).movedim(-1, 0)
             for name in ("velocity", "t", "u", "s"):
                 each = [torch.as_tensor(x).expand_as(batch.u) for x in getattr(explained, name)]
                 out[name].append((w * torch.stack(each)).sum(0))
@@ -68,7 +74,7 @@ def shared(site):
     return site["type"] == "sample" and [frame.name for frame in site["cond_indep_stack"]] == ["genes"]
 
 
-@pytest.mark.parametrize("over_states", ["expected", "most likely"])
+@pytest.mark.parametrize("over_states", ["expected", "most likely", "drawn"])
 def test_streaming_gives_what_all_draws_at_once_give(fitted, cells, over_states):
     found = summarise(fitted, cells, draws=DRAWS, over_states=over_states, progress=False)
     whole = all_at_once(fitted, cells, over_states)
@@ -124,9 +130,9 @@ def test_a_draws_rates_are_shared_by_all_cells(fitted, cells, monkeypatch):
     seen = []
     explain = type(fitted.program).explain
 
-    def spy(self, values, batch):
+    def spy(self, values, batch, *given):
         seen.append((values["alpha"].clone(), values["z"].shape[0]))
-        return explain(self, values, batch)
+        return explain(self, values, batch, *given)
 
     monkeypatch.setattr(type(fitted.program), "explain", spy)
     in_batches_of(monkeypatch, 16)
@@ -186,7 +192,7 @@ def test_uncertainty_is_none_where_all_draws_agree_and_large_where_they_oppose()
     )
 
 
-@pytest.mark.parametrize("over_states", ["expected", pytest.param("most likely", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("over_states", ["drawn", pytest.param("expected", marks=pytest.mark.slow)])
 def test_the_compiled_functions_say_the_same(fitted, cells, monkeypatch, over_states):
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
@@ -199,6 +205,25 @@ def test_the_compiled_functions_say_the_same(fitted, cells, monkeypatch, over_st
         fused = summarise(fitted, cells, draws=DRAWS, over_states=over_states, progress=False)
     for name in (*LAYERS, "z", "uncertainty", "log_likelihood"):
         assert_allclose(getattr(fused, name), getattr(plain, name), rtol=2e-3, atol=2e-4)
+
+
+def test_a_drawn_state_has_its_posterior_probability():
+    probability = torch.tensor([0.5, 0.3, 0.15, 0.05])[:, None, None].expand(4, 2000, 10)
+    drawn = torch.stack(drawn_states(tuple(probability), torch.rand(2000, 10)))
+    assert (drawn.sum(0) == 1).all()
+    share, error = drawn.mean((1, 2)), (0.25 / 20_000) ** 0.5
+    assert ((share - probability[:, 0, 0]).abs() < STANDARD_ERRORS * error).all()
+    # Rounding leaves no gap: what probabilities lack to one falls to the last.
+    assert drawn_states((torch.tensor([0.5]), torch.tensor([0.4999999])), torch.tensor([0.99999994]))[1] == 1
+
+
+def test_states_come_up_in_their_share_in_few_draws():
+    probability = torch.rand(4, 50, 20)
+    probability = probability / probability.sum(0)
+    place = torch.rand(50, 20)
+    drawn = torch.stack([torch.stack(drawn_states(tuple(probability), (place + i * GOLDEN) % 1)) for i in range(100)])
+    # At random the sd of a share would be .05 at most, five of which are .25.
+    assert (drawn.mean(0) - probability).abs().max() < 0.06
 
 
 @pytest.mark.parametrize("draws", [1, 0, -2])

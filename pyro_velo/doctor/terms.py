@@ -28,7 +28,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import MultivariateNormal, biject_to, kl_divergence
 
-from pyro_velo.mixture import JointMixture
+from pyro_velo.mixture import JointMixture, ScoredMolecules
 from pyro_velo.rates import Correlate
 from pyro_velo.schedule import normal_kl
 
@@ -225,7 +225,7 @@ def _on_plates(site: Site, density: Tensor) -> tuple[Tensor, tuple[str, ...]]:
 def _reconstruction(name: str, site: Site) -> list[Term]:
     """Of a joint mixture that of unspliced molecules, and of spliced ones given them; of any other site itself."""
     both = _density(site)
-    if not isinstance(site["fn"], JointMixture):
+    if not isinstance(site["fn"], (JointMixture, ScoredMolecules)):
         return [_term(name, "reconstruction", (name,), site, both)]
     unspliced = scale_and_mask(site["fn"].log_unspliced(site["value"]), site["scale"], site["mask"])
     pairs = zip(MOLECULES, (unspliced, both - unspliced), strict=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import pyro
@@ -23,13 +24,13 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_velo.batch import Batch, Cells
-from pyro_velo.compiled import fuses, fusible, spread
+from pyro_velo.compiled import fuses, fusible, pays, spread
 from pyro_velo.errors import InputError
 from pyro_velo.initial import Initialisation, Start, SteadyState
 from pyro_velo.kinetics import T_MAX, Rates, repression, velocity
 from pyro_velo.library import Known, Library, rough
 from pyro_velo.likelihoods import Likelihood, Normal
-from pyro_velo.mixture import JointMixture, Scored
+from pyro_velo.mixture import JointMixture, ScoredMolecules
 from pyro_velo.models.base import Model
 from pyro_velo.ordering import by_phase, curves_along, rough_order
 from pyro_velo.priors import Priors
@@ -58,6 +59,13 @@ class Landmarks(NamedTuple):
 
     switch: tuple[Tensor, Tensor]
     full: tuple[Tensor, Tensor]
+
+
+class Given(NamedTuple):
+    """What `explain` need not compute: the genes' landmarks, and the states' log-weights, (B, G) each, without `pi`."""
+
+    landmarks: Landmarks | None = None
+    log_weights: tuple[Tensor, ...] | None = None
 
 
 class Explained(NamedTuple):
@@ -261,7 +269,8 @@ class VelocityProgram(nn.Module):
         """p(u, s) of the batch: the joint mixture, or where it is fused its density at what was measured alone."""
         # An effect of the experimental batch picks genes' values by cell, whose gradient is no pass over memory.
         if fuses() and batch.group is None:
-            return Scored(self.log_density(log_weights, timed, landmarks, dict(values), batch), torch.Size([2]))
+            told = (log_weights, timed, landmarks, dict(values), batch)
+            return ScoredMolecules(self.log_density(*told), lambda: self.log_unspliced(*told))
         means = self.means(Rates(*(values[name] for name in RATES)), values, timed, landmarks)
         return self.mixture(self.weighted(log_weights, timed), means, values, batch)
 
@@ -274,8 +283,19 @@ class VelocityProgram(nn.Module):
         values = {name: spread(value, like) for name, value in values.items()}
         landmarks = Landmarks(*((spread(u, like), spread(s, like)) for u, s in landmarks))
         means = self.means(Rates(*(values[name] for name in RATES)), values, timed, landmarks)
-        terms = torch.stack(self.log_joint(self.weighted(log_weights, timed), means, values, batch))
+        terms = torch.stack(self.log_joint(self.by_state(log_weights, timed), means, values, batch))
         return terms.amax(0) if self.recipe.states.hard else terms.logsumexp(0)
+
+    @partial(fusible, where=pays)
+    def log_unspliced(
+        self, log_weights: Tensor, timed: Timed, landmarks: Landmarks, values: dict[str, Tensor], batch: Batch
+    ) -> Tensor:
+        """Log p(u), (B, G), of the same mixture."""
+        means = self.means(Rates(*(values[name] for name in RATES)), values, timed, landmarks)
+        found = []
+        for log_weight, u, s, scale in zip(self.by_state(log_weights, timed), *means, C_K, strict=True):
+            found.append(log_weight + self.likelihoods(u, s, values, batch, scale)[0].log_prob(batch.u))
+        return torch.stack(found).amax(0) if self.recipe.states.hard else torch.stack(found).logsumexp(0)
 
     def means(self, rates: Rates, values: Mapping[str, Tensor], timed: Timed, landmarks: Landmarks) -> Means:
         """The four states' (u, s): on the way up, at its end, on the way down, and empty."""
@@ -286,14 +306,19 @@ class VelocityProgram(nn.Module):
         return Means((u_on, u_full, u_off, empty), (s_on, s_full, s_off, empty))
 
     def weighted(self, log_weights: Tensor, timed: Timed) -> Tensor:
-        """The states' log-weights (4, B, G), with what the times say of them.
+        """The states' log-weights (4, B, G), with what the times say of them."""
+        return log_weights if timed.log_weights is None else torch.stack(tuple(self.by_state(log_weights, timed)))
+
+    def by_state(self, log_weights: Sequence[Tensor] | Tensor, timed: Timed) -> Sequence[Tensor] | Tensor:
+        """The same, state by state.
 
         Where the times say which of the states on the way a gene is in, these share one weight: their sum.
         """
         if timed.log_weights is None:
             return log_weights
-        running = log_weights[:3].logsumexp(0)
-        return torch.stack((running, running, running, log_weights[3])) + torch.stack(timed.log_weights)
+        running = torch.stack(tuple(log_weights[:3])).logsumexp(0)
+        every = (running, running, running, log_weights[3])
+        return tuple(weight + told for weight, told in zip(every, timed.log_weights, strict=True))
 
     def mixture(self, log_weights: Tensor, means: Means, values: Mapping[str, Tensor], batch: Batch) -> JointMixture:
         """The joint mixture over the states for both molecules."""
@@ -303,7 +328,7 @@ class VelocityProgram(nn.Module):
         )
 
     def log_joint(
-        self, log_weights: Tensor, means: Means, values: Mapping[str, Tensor], batch: Batch
+        self, log_weights: Sequence[Tensor] | Tensor, means: Means, values: Mapping[str, Tensor], batch: Batch
     ) -> tuple[Tensor, ...]:
         """Log p(k, u, s) of each state, (B, G)."""
         found = []
@@ -327,23 +352,28 @@ class VelocityProgram(nn.Module):
             found.append(self.recipe.likelihood(mean, own, scale))
         return found[0], found[1]
 
-    def explain(self, values: Mapping[str, Tensor], batch: Batch) -> Explained:
-        """What a draw of every latent site (by name) says of the cells of `batch`, state by state."""
+    def explain(self, values: Mapping[str, Tensor], batch: Batch, given: Given | None = None) -> Explained:
+        """What a draw of every latent site (by name) says of the cells of `batch`, state by state.
+
+        What is `given` already is not computed, nor is the site that it takes the place of needed.
+        """
         z = self.of_kinetics(values["z"].squeeze(-2))
         timed = self.times(batch.conditioned(z), values["switch_time"], values)
-        return self.explain_at(timed, values, batch)
+        return self.explain_at(timed, values, batch, given)
 
-    def explain_at(self, timed: Timed, values: Mapping[str, Tensor], batch: Batch) -> Explained:
+    def explain_at(
+        self, timed: Timed, values: Mapping[str, Tensor], batch: Batch, given: Given | None = None
+    ) -> Explained:
         """As `explain`, the times given; gene-level values are (G,) or, one for each cell, (B, G).
 
         z (B, 1, d), or (B, G, d) where each gene has its own.
         """
-        rates = Rates(*(values[name] for name in RATES))
-        means = self.means(rates, values, timed, self.landmarks(rates, values))
+        rates, given = Rates(*(values[name] for name in RATES)), given or Given()
+        means = self.means(rates, values, timed, given.landmarks or self.landmarks(rates, values))
         (u_on, _, u_off, _), (s_on, _, s_off, _) = means
-        weights = self.weighted(self.recipe.states.log_weights(values["pi"]), timed)
+        weights = given.log_weights or self.recipe.states.log_weights(values["pi"])
         return Explained(
-            self.log_joint(weights, means, values, batch),
+            self.log_joint(self.by_state(weights, timed), means, values, batch),
             *means,
             # In both steady states beta u = gamma s.
             velocity=(velocity(rates, u_on, s_on), 0.0, velocity(rates, u_off, s_off), 0.0),
