@@ -181,7 +181,10 @@ def stream(
             for index, new in equal_parts(len(cells), CELLS_GENES_AT_ONCE // cells.n_genes):
                 batch = cells.batch(index.to(device))
                 told = batch if as_if is None else as_if.batch(index.to(device))
-                receive(index[:new].numpy(), _draw_batch(fitted, batch, told, rates, take, over_states == "drawn").first(new))
+                receive(
+                    index[:new].numpy(),
+                    _draw_batch(fitted, batch, told, rates, take, over_states == "drawn").first(new),
+                )
                 bar.update(new)
     return rates
 

@@ -64,7 +64,13 @@ def measure(
         seen = _Counting(values, draws, scale, rng, chosen)
         asked = _Asked(fitted.program, time=name == "time")
         drawn = stream(
-            replace(fitted, program=asked), cells, seen, draws=draws, over_states=over_states, seed=seed, progress=progress
+            replace(fitted, program=asked),
+            cells,
+            seen,
+            draws=draws,
+            over_states=over_states,
+            seed=seed,
+            progress=progress,
         )
         tallies[name] = seen.tally
         if seen.rank is not None:

@@ -353,7 +353,7 @@ def test_counting_by_batches_is_counting_all_at_once(simulated, monkeypatch: pyt
 
     monkeypatch.setattr("pyro_velo.posterior.CELLS_GENES_AT_ONCE", 7 * 6)
     parts = measure(found.fitted, found.data.cells, truth, draws=9, seed=4, progress=False)
-    stream(found.fitted, found.data.cells, keep, draws=9, seed=4, progress=False)
+    stream(found.fitted, found.data.cells, keep, draws=9, seed=4, over_states="drawn", progress=False)
     expected, counted = tally(truth.velocity, kept, np.random.default_rng(0)), parts.tallies["velocity"]
     assert whole.tallies["velocity"].n == counted.n == 360
     same_draws(counted, expected)
@@ -399,7 +399,7 @@ def test_coverage_is_that_of_the_velocities_that_a_fit_gives_out(simulated) -> N
     def keep(index, velocities) -> None:
         kept[:, index] = velocities
 
-    found.velocities(keep, draws=20, progress=False)
+    found.velocities(keep, draws=20, over_states="drawn", progress=False)
     told = coverage_of(found, adata, draws=20, progress=False).totals
     same_draws(told["velocity"], tally(adata.layers["true_velocity"], kept, np.random.default_rng(0)))
     assert list(told) == ["alpha", "beta", "gamma", "gamma/beta", "switch_time", "time", "velocity"]

@@ -34,7 +34,7 @@ def fitted(cells):
 
 @pytest.fixture(scope="module")
 def summary(fitted, cells):
-    return summarise(fitted, cells, draws=DRAWS, progress=False)
+    return summarise(fitted, cells, draws=DRAWS, over_states="expected", progress=False)
 
 
 def all_at_once(fitted, cells, over_states, seed=0):
@@ -108,7 +108,7 @@ def in_batches_of(monkeypatch, n_cells):
 @pytest.mark.parametrize("size", [7, 39])
 def test_the_size_of_a_batch_changes_the_noise_and_nothing_else(fitted, cells, summary, monkeypatch, size):
     in_batches_of(monkeypatch, size)
-    other = summarise(fitted, cells, draws=DRAWS, progress=False)
+    other = summarise(fitted, cells, draws=DRAWS, over_states="expected", progress=False)
     # The rates are drawn first, for all cells: they are the same to the bit.
     for name in module.RATES:
         assert_array_equal(other.rates[name], summary.rates[name])
@@ -121,7 +121,7 @@ def test_the_size_of_a_batch_changes_the_noise_and_nothing_else(fitted, cells, s
 def test_cells_stay_in_their_order(fitted, cells, summary):
     """Cells that come in reverse get reversed summaries: nothing depends on the place in a batch but the noise."""
     backwards = type(cells)(cells.molecules.flip(1), cells.ratio)
-    other = summarise(fitted, backwards, draws=DRAWS, progress=False)
+    other = summarise(fitted, backwards, draws=DRAWS, over_states="expected", progress=False)
     error = np.hypot(summary.velocity_sd, other.velocity_sd[::-1]) / np.sqrt(DRAWS)
     assert (np.abs(other.velocity[::-1] - summary.velocity) < 5 * error).all()
 
@@ -224,6 +224,16 @@ def test_states_come_up_in_their_share_in_few_draws():
     drawn = torch.stack([torch.stack(drawn_states(tuple(probability), (place + i * GOLDEN) % 1)) for i in range(100)])
     # At random the sd of a share would be .05 at most, five of which are .25.
     assert (drawn.mean(0) - probability).abs().max() < 0.06
+
+
+def test_states_that_are_drawn_add_their_variance_and_leave_the_mean(fitted, cells):
+    expected = summarise(fitted, cells, draws=200, over_states="expected", progress=False)
+    drawn = summarise(fitted, cells, draws=200, progress=False)
+    wider = drawn.velocity_sd > 1.2 * expected.velocity_sd
+    assert wider.mean() > 0.2 and (drawn.velocity_sd > 0.8 * expected.velocity_sd).mean() > 0.95
+    # Draws that step through the states evenly have their mean to a few in 200.
+    gap = np.abs(drawn.velocity - expected.velocity)
+    assert (gap < 4 * np.hypot(drawn.velocity_sd, expected.velocity_sd) / np.sqrt(200) + 1e-6).mean() > 0.99
 
 
 @pytest.mark.parametrize("draws", [1, 0, -2])
