@@ -61,7 +61,7 @@ class TrainSettings:
     """
 
     max_epochs: int | None = None
-    max_steps: int = 1750
+    max_steps: int = 2000
     batch_size: int = 256
     learning_rate: float = 1e-2
     clip: float = 10.0
