@@ -228,7 +228,9 @@ class Cells(Molecules, Resident[Batch]):
         mean = self._mean_seen(lambda seen: seen)
         # In two passes: the difference of two large numbers would leave what does not vary a tiny sd.
         sd = self._mean_seen(lambda seen: (seen - mean).square()).sqrt()
-        return mean.to(self.molecules), torch.where(sd > 0, sd, 1.0).to(self.molecules)
+        # A NaN must not spread from its cell to all others, or nobody could say where it is.
+        known = sd.isfinite()
+        return mean.where(known, 0.0).to(self.molecules), sd.where(known & (sd > 0), 1.0).to(self.molecules)
 
     def _mean_seen(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         batches = self.batches(torch.arange(len(self), device=self.device), CELLS_AT_ONCE)
