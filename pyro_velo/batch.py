@@ -10,7 +10,6 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-
 CELLS_AT_ONCE = 4096
 """Of which moments are taken: no copy of all cells is made."""
 
