@@ -1,13 +1,16 @@
 """How soon pyro_velo reaches the held-out log-likelihood at which scvi-tools' VELOVI ends, on the pancreas.
 
 Both train on the same cells and genes with their defaults, one after the other, and the same code says what each makes
-of the same held-out cells: the log predictive density of u and of s. Looks are not timed. What stands before the first
-step (start values, compiling) is. See README.md for the environment that VELOVI lives in.
+of the same held-out cells, by three log predictive densities (`reach_sides.predictive`): of u and of s, each for
+itself; of the pair, as the package has it; and of the pair where both molecules are in one state. A third side is
+pyro_velo with VELOVI's likelihood, a state for each molecule. Looks are not timed. What stands before the first step
+(start values, compiling) is. See README.md for the environment that VELOVI lives in.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -18,13 +21,15 @@ import numpy as np
 from velovi import number, run
 
 PANCREAS = Path(os.environ.get("PYRO_VELO_DATA", "../shared/data")) / "pancreas.h5ad"
-SIDES = ("velovi", "pyro_velo")
+SIDES = {"velovi": "VELOVI", "pyro_velo": "pyro_velo", "pyro_velo_apart": "pyro_velo, states apart"}
+MEASURES = {"each": "u and s, each for itself", "pair": "the pair", "one_state": "the pair in one state"}
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--peer-python", default=sys.executable, help="Python that has scvi-tools")
     parser.add_argument("--own-python", default=sys.executable, help="Python that has pyro_velo's dependencies")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--cells", type=int, default=3696, help="of the pancreas, drawn at random")
     parser.add_argument("--genes", type=int, default=2000, help="the most variable")
     parser.add_argument("--batch", type=int, default=256)
@@ -32,7 +37,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--looks", type=int, default=25, help="steps between two looks at the held-out cells")
     parser.add_argument("--draws", type=int, default=20, help="of the guide, for each look")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw both courses")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the courses")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every look here")
     return parser.parse_args(arguments)
 
 
@@ -58,61 +64,78 @@ def prepared(settings: argparse.Namespace, folder: Path) -> Path:
     return file
 
 
-def reached(course: np.ndarray, goal: float) -> np.ndarray | None:
-    """Seconds, by the clock and of CPU time, of the first look that is no worse than `goal`; None: there is none."""
-    found = np.flatnonzero(course[:, 2] >= goal)
-    return course[found[0], :2] if len(found) else None
+Course = list[dict[str, float]]
 
 
-def table(courses: dict[str, np.ndarray]) -> str:
-    """When each side ends, and when it reaches where VELOVI ends."""
-    peer, own = (courses[side] for side in SIDES)
-    goal = peer[-1, 2]
-    lines = ["| | nats per held-out cell | s | CPU s |", "|---|---|---|---|"]
+def reached(course: Course, measure: str, goal: float) -> dict[str, float] | None:
+    """The first look that is no worse than `goal`, with its seconds; None: there is none."""
+    return next((look for look in course if look[measure] >= goal), None)
+
+
+def table(courses: dict[str, Course]) -> str:
+    """Where each side ends, and when it reaches where VELOVI ends."""
+    headings = [*MEASURES.values(), "s", "CPU s"]
+    lines = ["| | " + " | ".join(headings) + " |", "|---|" + "---|" * len(headings)]
     for side, course in courses.items():
-        lines.append(
-            f"| {side}, at its end | {course[-1, 2]:.1f} | {number(course[-1, 0])} | {number(course[-1, 1])} |"
-        )
-    for side, course in courses.items():
-        when = reached(course, goal)
-        shown = "never | never" if when is None else " | ".join(map(number, when))
-        lines.append(f"| {side}, as good as VELOVI at its end | {goal:.1f} | {shown} |")
-    when = reached(own, goal)
-    if when is not None:
-        ratios = " | ".join(f"**{ratio:.1f} times**" for ratio in peer[-1, :2] / when)
-        lines.append(f"| VELOVI's fit / pyro_velo's way there | | {ratios} |")
+        end = course[-1]
+        scores = " | ".join(f"{end[measure]:.1f}" for measure in MEASURES)
+        times = " | ".join(number(end[name]) for name in ("s", "cpu_s"))
+        lines.append(f"| {SIDES[side]}, at its end | {scores} | {times} |")
     return "\n".join(lines)
 
 
-def draw(courses: dict[str, np.ndarray], file: Path) -> None:
+def ways(courses: dict[str, Course]) -> str:
+    """CPU seconds until each side is as good as VELOVI is at its end, and how often they fit into VELOVI's fit."""
+    end = courses["velovi"][-1]
+    lines = ["| CPU s until as good as VELOVI at its end | " + " | ".join(MEASURES.values()) + " |"]
+    lines.append("|---|" + "---|" * len(MEASURES))
+    for side, course in courses.items():
+        found = [reached(course, measure, end[measure]) for measure in MEASURES]
+        shown = [
+            "never" if look is None else f"{number(look['cpu_s'])} ({end['cpu_s'] / look['cpu_s']:.1f} times as fast)"
+            for look in found
+        ]
+        lines.append(f"| {SIDES[side]} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def draw(courses: dict[str, Course], file: Path) -> None:
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for side, course in courses.items():
-        ax.plot(course[:, 1], course[:, 2], marker=".", label={"velovi": "VELOVI"}.get(side, side))
-    ax.axhline(courses["velovi"][-1, 2], color="0.6", lw=0.8)
-    every = np.concatenate([course[:, 2] for course in courses.values()])
-    top = every.max()
-    ax.set(xscale="log", xlabel="CPU s of training", ylabel="log predictive density per held-out cell, nats")
-    ax.set_ylim(np.quantile(every, 0.05), top + 0.05 * abs(top))
-    ax.legend(frameon=False)
+    fig, axes = plt.subplots(1, len(MEASURES), figsize=(4 * len(MEASURES), 3.6), layout="constrained")
+    for ax, (measure, title) in zip(axes, MEASURES.items(), strict=True):
+        for side, course in courses.items():
+            ax.plot([x["cpu_s"] for x in course], [x[measure] for x in course], marker=".", ms=4, label=SIDES[side])
+        if "velovi" in courses:
+            ax.axhline(courses["velovi"][-1][measure], color="0.6", lw=0.8)
+        # States apart say next to nothing of a pair in one state; what is far below would hide the rest.
+        every = [x[measure] for side, course in courses.items() for x in course if side != "pyro_velo_apart"]
+        low, top = np.quantile(every, 0.05), max(x[measure] for course in courses.values() for x in course)
+        ax.set(xscale="log", xlabel="CPU s of training", title=title)
+        ax.set_ylim(low, top + 0.05 * abs(top))
+    axes[0].set_ylabel("log predictive density per held-out cell, nats")
+    axes[0].legend(frameon=False)
     fig.savefig(file, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
     settings = options(arguments)
     task: dict[str, Any] = {name: getattr(settings, name) for name in ("threads", "batch", "looks", "draws", "seed")}
-    courses = {}
+    courses: dict[str, Course] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = prepared(settings, folder)
-        pythons = dict(zip(SIDES, (settings.peer_python, settings.own_python), strict=True))
-        for side in SIDES:
-            found = run(pythons[side], task | {"side": side, "data": str(file)}, folder, "reach_sides.py")
-            courses[side] = np.array(found["course"])
+        for side in settings.sides:
+            python = settings.peer_python if side == "velovi" else settings.own_python
+            found = run(python, task | {"side": side, "data": str(file)}, folder, "reach_sides.py")
+            courses[side] = found["course"]
             print(f"  {side}: load {found['load']:.1f}, {courses[side][-1]}", file=sys.stderr, flush=True)
     print(f"{settings.cells} cells, up to {settings.genes} genes, seed {settings.seed}, {settings.threads} threads.\n")
     print(table(courses))
+    if "velovi" in courses:
+        print("\n" + ways(courses))
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(courses))
     if settings.picture is not None:
         draw(courses, settings.picture)
 

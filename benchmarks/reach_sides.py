@@ -20,7 +20,10 @@ import numpy as np
 
 
 class Mixture(NamedTuple):
-    """One draw: `weights` of the states, means and sds of both molecules, (cells, genes, states) or broadcast to it."""
+    """One draw: `weights` of the states, means and sds of both molecules, (cells, genes, states) or broadcast to it.
+
+    `weights` are the concentrations of the Dirichlet from which a package draws the states' probabilities.
+    """
 
     weights: np.ndarray
     u: np.ndarray
@@ -29,37 +32,68 @@ class Mixture(NamedTuple):
     s_sd: np.ndarray
 
 
-def predictive(draws: list[Mixture], u: np.ndarray, s: np.ndarray) -> float:
-    """The mean over cells of the sum over genes of log p(u) + log p(s), each a mean over draws within the logarithm.
+MEASURES = ("each", "pair", "one_state")
 
-    Each molecule is a mixture of its own, as VELOVI has them. With the mean weights of a draw's Dirichlet these are
-    integrated exactly, so that it is of no weight whether a package samples or integrates them.
+
+def predictive(draws: list[Mixture], u: np.ndarray, s: np.ndarray, one_state: bool) -> dict[str, float]:
+    r"""Log predictive densities of cells: the mean over cells of sums over genes, each a mean over draws of a density.
+
+    | | density of a cell and gene, pi ~ Dirichlet(weights) integrated out |
+    |---|---|
+    | `each` | $\sum_k E[\pi_k] p_k(u) \cdot \sum_k E[\pi_k] p_k(s)$: u and s as if they were two cells' |
+    | `pair` | (u, s) in the package's model: the next one, or $\sum_{kl} E[\pi_k \pi_l] p_k(u) p_l(s)$ |
+    | `one_state` | $\sum_k E[\pi_k] p_k(u) p_k(s)$: both molecules in one state |
+
+    Integrated, so that it is of no weight whether a package samples probabilities or integrates them. In `each` the
+    mean over draws is taken of u's density and of s's.
 
     Reference: Gelman et al. 2014, Understanding predictive information criteria for Bayesian models, eq. 5.
     """
-    found = 0.0
-    for x, name in ((u, "u"), (s, "s")):
-        drawn = np.stack([_log_mixture(x, d.weights, getattr(d, name), getattr(d, f"{name}_sd")) for d in draws])
-        top = drawn.max(0)
-        found += float((top + np.log(np.exp(drawn - top).mean(0))).sum(-1).mean())
-    return found
+    found = [_of_draw(draw, u, s, one_state) for draw in draws]
+    means = {name: _log_mean([each[name] for each in found]).sum(-1).mean() for name in found[0]}
+    return {"each": float(means["u"] + means["s"])} | {name: float(means[name]) for name in MEASURES[1:]}
 
 
-def _log_mixture(x: np.ndarray, weights: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
-    terms = np.log(weights) - 0.5 * ((x[..., None] - mean) / sd) ** 2 - np.log(sd) - 0.5 * np.log(2 * np.pi)
+def _of_draw(draw: Mixture, u: np.ndarray, s: np.ndarray, one_state: bool) -> dict[str, np.ndarray]:
+    total = draw.weights.sum(-1, keepdims=True)
+    mean = np.log(draw.weights / total)
+    of_u, of_s = _log_normal(u, draw.u, draw.u_sd), _log_normal(s, draw.s, draw.s_sd)
+    found = {"u": _log_sum(mean + of_u), "s": _log_sum(mean + of_s), "one_state": _log_sum(mean + of_u + of_s)}
+    return found | {"pair": found["one_state"] if one_state else _states_apart(draw.weights, total, of_u, of_s)}
+
+
+def _states_apart(weights: np.ndarray, total: np.ndarray, of_u: np.ndarray, of_s: np.ndarray) -> np.ndarray:
+    """The log of the sum over k and l of E[pi_k pi_l] p_k(u) p_l(s); E[pi_k pi_l] = w_k (w_l + [k = l]) / W (W + 1)."""
+    terms = []
+    for k in range(weights.shape[-1]):
+        both = weights[..., k, None] * (weights + np.eye(weights.shape[-1])[k]) / (total * (total + 1))
+        terms.append(_log_sum(np.log(both) + of_u[..., k, None] + of_s))
+    return _log_sum(np.stack(terms, -1))
+
+
+def _log_normal(x: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    return -0.5 * ((x[..., None] - mean) / sd) ** 2 - np.log(sd) - 0.5 * np.log(2 * np.pi)
+
+
+def _log_sum(terms: np.ndarray) -> np.ndarray:
     top = terms.max(-1)
     return top + np.log(np.exp(terms - top[..., None]).sum(-1))
+
+
+def _log_mean(draws: list[np.ndarray]) -> np.ndarray:
+    return _log_sum(np.stack(draws, -1)) - np.log(len(draws))
 
 
 class Watch:
     """Seconds since it was made, by the clock and of CPU time, less those in which it looked at the held-out cells."""
 
-    def __init__(self, score: Callable[[Any], float]) -> None:
-        self.score, self.start, self.course = score, self._now(), list[tuple[float, float, float]]()
+    def __init__(self, score: Callable[[Any], dict[str, float]]) -> None:
+        self.score, self.start, self.course = score, self._now(), list[dict[str, float]]()
 
     def look(self, subject: Any) -> None:
         reached = self._now()
-        self.course.append((*(reached - self.start), self.score(subject)))
+        seconds, cpu = reached - self.start
+        self.course.append({"s": float(seconds), "cpu_s": float(cpu)} | self.score(subject))
         self.start += self._now() - reached
 
     @staticmethod
@@ -87,14 +121,15 @@ def velovi(layers: dict[str, np.ndarray], task: dict[str, Any]) -> Watch:
         found = module.generative(**{name: inferred[name] for name in names})
         u_mixture, s_mixture = found["mixture_dist_u"], found["mixture_dist_s"]
         parts = [each.component_distribution for each in (u_mixture, s_mixture)]
-        weights = found["px_pi_alpha"] / found["px_pi_alpha"].sum(-1, keepdim=True)
+        # Softplus can give 0, of which there is no logarithm.
+        weights = found["px_pi_alpha"].clamp_min(torch.finfo(torch.float32).tiny)
         tensors = (weights, *(p.loc for p in parts), *(p.scale for p in parts))
         return Mixture(*(x.double().numpy() for x in tensors))
 
-    def score(module: Any) -> float:
+    def score(module: Any) -> dict[str, float]:
         module.eval()
         with torch.no_grad(), torch.random.fork_rng():
-            found = predictive([draw(module) for _ in range(task["draws"])], u[scored], s[scored])
+            found = predictive([draw(module) for _ in range(task["draws"])], u[scored], s[scored], one_state=False)
         module.train()
         return found
 
@@ -121,7 +156,41 @@ def velovi(layers: dict[str, np.ndarray], task: dict[str, Any]) -> Watch:
     return watch
 
 
-def pyro_velo(layers: dict[str, np.ndarray], task: dict[str, Any]) -> Watch:
+def states_apart() -> None:
+    """From now on pyro_velo draws a state for each molecule from the same probabilities, as VELOVI does."""
+    import torch
+
+    from pyro_velo.compiled import fusible
+    from pyro_velo.mixture import Scored
+    from pyro_velo.models.velocity import C_K, Landmarks, Rates, VelocityProgram, spread
+
+    @fusible
+    def log_density(program: Any, log_weights: Any, timed: Any, landmarks: Any, values: Any, batch: Any) -> Any:
+        like = log_weights[0]
+        values = {name: spread(value, like) for name, value in values.items()}
+        landmarks = Landmarks(*((spread(u, like), spread(s, like)) for u, s in landmarks))
+        means = program.means(Rates(*(values[name] for name in Rates._fields)), values, timed, landmarks)
+        of_u, of_s = [], []
+        for log_weight, u, s, scale in zip(program.weighted(log_weights, timed), *means, C_K, strict=True):
+            unspliced, spliced = program.likelihoods(u, s, values, batch, scale)
+            of_u.append(log_weight + unspliced.log_prob(batch.u))
+            of_s.append(log_weight + spliced.log_prob(batch.s))
+        return torch.stack(of_u).logsumexp(0) + torch.stack(of_s).logsumexp(0)
+
+    def molecules(self: Any, log_weights: Any, timed: Any, landmarks: Any, values: Any, batch: Any) -> Scored:
+        density = log_density(self, log_weights, timed, landmarks, dict(values), batch)
+        return Scored(density, torch.Size([2]))
+
+    VelocityProgram.molecules = molecules
+
+
+def pyro_velo_apart(layers: dict[str, np.ndarray], task: dict[str, Any]) -> Watch:
+    """As `pyro_velo`, with VELOVI's likelihood: what is left are the package's start, network, guide and steps."""
+    states_apart()
+    return pyro_velo(layers, task, one_state=False)
+
+
+def pyro_velo(layers: dict[str, np.ndarray], task: dict[str, Any], one_state: bool = True) -> Watch:
     """pyro_velo's defaults; at each look the parameters that the fit would keep if it ended there."""
     import torch
     from pyro import poutine
@@ -138,9 +207,9 @@ def pyro_velo(layers: dict[str, np.ndarray], task: dict[str, Any]) -> Watch:
     cells = Cells.of(torch.from_numpy(u), torch.from_numpy(s))
     kept: list[dict[str, Any]] = []
 
-    def keep(training: Any) -> float:
+    def keep(training: Any) -> dict[str, float]:
         kept.append(training.best)
-        return np.nan
+        return {}
 
     watch = Watch(keep)
     settings = TrainSettings(batch_size=task["batch"], seed=task["seed"], evaluate_steps=task["looks"])
@@ -158,22 +227,24 @@ def pyro_velo(layers: dict[str, np.ndarray], task: dict[str, Any]) -> Watch:
         shape = (len(scored), program.n_genes)
         ratioed = ([mean / program.ratio for mean in means.u], means.s)
         u_mean, s_mean = (torch.stack([mean.expand(shape) for mean in each], -1) for each in ratioed)
-        weights = values["pi"] / values["pi"].sum(-1, keepdim=True)
         scale = torch.tensor(C_K)
         sds = (values[f"noise_{molecule}"][:, None] * scale for molecule in ("unspliced", "spliced"))
-        return Mixture(*(x.double().numpy() for x in (weights, u_mean, s_mean, *sds)))
+        return Mixture(*(x.double().numpy() for x in (values["pi"], u_mean, s_mean, *sds)))
 
-    def score(parameters: dict[str, Any]) -> float:
+    def score(parameters: dict[str, Any]) -> dict[str, float]:
         with fitted.parameters(), torch.no_grad(), torch.random.fork_rng():
             load_parameters(parameters)
-            return predictive([draw() for _ in range(task["draws"])], u[scored], s[scored])
+            return predictive([draw() for _ in range(task["draws"])], u[scored], s[scored], one_state)
 
-    scores = [score(parameters) for parameters in kept]
-    watch.course = [(*times, found) for (*times, _), found in zip(watch.course, scores, strict=True)]
+    watch.course = [look | score(parameters) for look, parameters in zip(watch.course, kept, strict=True)]
     return watch
 
 
-SIDES: dict[str, Callable[[dict[str, np.ndarray], dict[str, Any]], Watch]] = {"velovi": velovi, "pyro_velo": pyro_velo}
+SIDES: dict[str, Callable[[dict[str, np.ndarray], dict[str, Any]], Watch]] = {
+    "velovi": velovi,
+    "pyro_velo": pyro_velo,
+    "pyro_velo_apart": pyro_velo_apart,
+}
 
 
 def main(task_file: str, result_file: str) -> None:

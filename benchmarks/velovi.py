@@ -71,7 +71,7 @@ def run(python: str, task: dict[str, Any], folder: Path, script: str = "sides.py
 
 
 def python_is_own(task: dict[str, Any]) -> bool:
-    return task["side"] == "pyro_velo"
+    return task["side"].startswith("pyro_velo")
 
 
 def turns(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+CELLS_AT_ONCE = 4096
+"""Of which moments are taken: no copy of all cells is made."""
 
 
 class Minibatch(Protocol):
@@ -217,6 +220,20 @@ class Cells(Molecules, Resident[Batch]):
     def scaled(self) -> Tensor:
         """Abundances in units of each gene's range, (2, N, G), whatever the likelihood wants."""
         return self.molecules if self.counts is None else self.counts.scaled
+
+    @property
+    def seen_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and sd (2G+C,) over cells of what an encoder looks at; 1 is the sd of what does not vary."""
+        mean = self._mean_seen(lambda seen: seen)
+        # In two passes: the difference of two large numbers would leave what does not vary a tiny sd.
+        sd = self._mean_seen(lambda seen: (seen - mean).square()).sqrt()
+        # A NaN must not spread from its cell to all others, or nobody could say where it is.
+        known = sd.isfinite()
+        return mean.where(known, 0.0).to(self.molecules), sd.where(known & (sd > 0), 1.0).to(self.molecules)
+
+    def _mean_seen(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        batches = self.batches(torch.arange(len(self), device=self.device), CELLS_AT_ONCE)
+        return torch.stack([of(batch.seen.double()).sum(0) for batch in batches]).sum(0) / len(self)
 
     def in_group(self, group: int, columns: slice) -> Cells:
         """The same cells as if all were of one experimental batch, whose one-hot stands in `columns` of covariates."""

@@ -34,7 +34,7 @@ from pyro_velo.train import Fitted, TrainSettings
 
 Array = NDArray[np.float64]
 Mixed = GMVAE | CGMDVAE
-TRAINING = TrainSettings(max_steps=1000, learning_rate=3e-3)
+TRAINING = TrainSettings(max_steps=1000, learning_rate=3e-3, drop=0.7)
 """How autoencoders are trained, unless it is said."""
 
 

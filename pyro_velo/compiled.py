@@ -20,7 +20,7 @@ WORTH_COMPILING = 500_000_000
 """Elements to go through, below which the 10 to 30 s of compiling cost more than they save (measured on two cores)."""
 
 
-WORTH_FUSING = 150_000_000
+WORTH_FUSING = 120_000_000
 """Cells x genes x steps, below which compiling what gradients flow through costs more than it saves (on two cores)."""
 
 OPERATIONS_AT_ONCE = 1000

@@ -45,7 +45,7 @@ class AmortizedProgram(nn.Module):
         super().__init__()
         n_genes, model = program.n_genes, program.recipe
         self.states, self.n_genes = model.states, n_genes
-        self.of_kinetics = program.of_kinetics
+        self.of_kinetics, self.standardised = program.of_kinetics, program.standardised
         self.rough_library = program.rough_library if program.library_sd is not None else None
         told = program.n_covariates
         self.encoder = NormalEncoder(2 * n_genes + told, program.n_latent, recipe.hidden)
@@ -68,7 +68,7 @@ class AmortizedProgram(nn.Module):
         """q(z | u, s), which is the same in every draw."""
         if self.own is None:
             pyro.module("encoder", self.encoder)
-            loc, scale = self.encoder(batch.seen)
+            loc, scale = self.encoder(self.standardised(batch.seen))
             if self.rough_library is not None:
                 loc = torch.cat((loc[:, :-1], loc[:, -1:] + self.rough_library(batch)), 1)
         else:

@@ -62,12 +62,12 @@ class TrainSettings:
     """
 
     max_epochs: int | None = None
-    max_steps: int = 2500
+    max_steps: int = 2000
     batch_size: int = 256
     learning_rate: float = 1e-2
     clip: float = 10.0
     warmup: float = 0.3
-    drop: float = 0.7
+    drop: float = 0.9
     held_out: float = 0.1
     patience: int = 15
     evaluate_steps: int = 25

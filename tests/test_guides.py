@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import pyro
@@ -15,7 +16,7 @@ from pyro.optim import ClippedAdam
 from tolerances import assert_close
 from toys import some_cells, whole
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import CELLS_AT_ONCE, Batch, Cells
 from pyro_velo.guides import Amortized, AmortizedProgram
 from pyro_velo.models.velocity import VelocityModel, VelocityProgram
 from pyro_velo.rates import RATE_GUIDES, RateGuide
@@ -128,6 +129,32 @@ def test_what_is_said_of_a_cell_does_not_depend_on_its_neighbours_in_the_batch(
             for few, all_ in zip(among_few, among_all, strict=True):
                 assert_close(few, all_[index])
     assert not torch.equal(among_all[0][3], among_all[0][7]), "cells that differ are told apart"
+
+
+@pytest.mark.parametrize(("unit", "zero"), [(1e-3, 0.0), (40.0, 7.0)])
+def test_what_is_said_of_a_cell_does_not_depend_on_the_units_that_covariates_are_in(
+    unit: float, zero: float, double: None
+) -> None:
+    cells, told = some_cells(30, 4), torch.rand(30, 2)
+    said = []
+    for covariates in (told, zero + unit * told):
+        torch.manual_seed(0)
+        data = replace(cells, covariates=covariates)
+        guide = Amortized()(VelocityModel().build(data))
+        with pyro.get_param_store().scope():
+            said.append(guide.encode(whole(data)))
+    assert_close(said[1].mean, said[0].mean)
+    assert_close(said[1].stddev, said[0].stddev)
+
+
+def test_what_an_encoder_is_told_has_mean_0_and_sd_1_but_for_what_does_not_vary(double: None) -> None:
+    molecules = torch.rand(2, CELLS_AT_ONCE + 3, 3)
+    molecules[1, :, 2] = 0.3
+    cells = Cells(molecules)
+    seen = VelocityModel().build(cells).standardised(whole(cells).seen)
+    assert_close(seen[:, :5].mean(0), 0.0)
+    assert_close(seen[:, :5].std(0, correction=0), 1.0)
+    assert (seen[:, 5] == seen[0, 5]).all()
 
 
 def test_one_recipe_serves_any_number_of_fits() -> None:

@@ -160,6 +160,10 @@ class VelocityProgram(nn.Module):
         self.register_buffer("zero", cells.counts.zero if cells.counts else None)
         self.register_buffer("order", cells.order, persistent=False)
         self.register_buffer("unit", cells.counts.unit if cells.counts else None)
+        self.seen_mean: Tensor
+        self.seen_sd: Tensor
+        for name, value in zip(("seen_mean", "seen_sd"), cells.seen_moments, strict=True):
+            self.register_buffer(name, value, persistent=False)
         self.library_sd: Tensor | None
         self.register_buffer("library_sd", recipe.library.spread(cells.counts.size_factors) if cells.counts else None)
 
@@ -214,6 +218,10 @@ class VelocityProgram(nn.Module):
     def of_kinetics(self, z: Tensor) -> Tensor:
         """Without the library size, which says nothing of times and states: (B, d)."""
         return z[:, : self.recipe.n_latent]
+
+    def standardised(self, seen: Tensor) -> Tensor:
+        """What an encoder looks at, (B, 2G+C), each number with mean 0 and sd 1 over the cells."""
+        return (seen - self.seen_mean) / self.seen_sd
 
     def size_factors(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
         """Those of unspliced and spliced, (2, B, 1), or (2, B, G) where `values` has a z for each gene."""
