@@ -34,7 +34,7 @@ from pyro_velo.data.checks import check_key, check_known, checked_labels
 from pyro_velo.errors import InputError
 from pyro_velo.fitting import Fit
 from pyro_velo.options import FitOptions
-from pyro_velo.posterior import check_draws
+from pyro_velo.posterior import OF_DIRECTIONS, check_draws
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -88,7 +88,7 @@ def audit(
     _check_borders(pairs, borders)
 
     first = Contributions(borders, per_unit, draws, x.shape)
-    fit.velocities(first, draws=draws)
+    fit.velocities(first, draws=draws, over_states=OF_DIRECTIONS)
     _check_finite(first.mean, fit.data.gene_names)
     named = dict(_named(first, pair, turn=edges is None) for pair in pairs)
 
@@ -96,7 +96,7 @@ def audit(
     agreement = Agreement(flow_without_each(first.mean, x, graph), weights)
     kept = {way: ~np.isin(np.arange(x.shape[1]), each.responsible) for way, each in named.items()}
     second = Influences({way: borders[way] for way in named}, kept, per_unit, draws, agreement)
-    fit.velocities(second, draws=draws)
+    fit.velocities(second, draws=draws, over_states=OF_DIRECTIONS)
 
     names, score = tuple(fit.data.gene_names), agreement.score()
     p_reversed, agreed = (score < -MARGIN).mean(axis=0), consensus(score.mean(axis=0), MARGIN)

@@ -35,6 +35,8 @@ SCATTERS = (0.03, 5.0)
 START_SCATTER = 2.0
 REACH = 0.9
 """The share of [0, 20] up to which a gene's own time is free to follow the clock: it ends at 20, and is 0 at first."""
+DECISIVE = 0.99
+"""The share of the clock from which on a gene is the clock, against which it can't be held."""
 VAGUE = 1e-6
 """The least precision of a gene's time: a gene that has none does not tell the time."""
 
@@ -61,8 +63,9 @@ class Pace(NamedTuple):
 class Consensus(NamedTuple):
     """The clock: `time` (N,) of cells, and `pace` (G,) of genes, how far it varies (`variation`, in units of itself).
 
-    `variation` is infinite where too little is known. `of_clock` is the error of the clock's own mean pace, against one
-    by which cells are uniform: genes share it, and it does average out, as it is a matter of where cells happen to be.
+    `variation` is infinite where too little is known, or a gene runs against the others. `of_clock` is the error of the
+    clock's own mean pace, against one by which cells are uniform: genes share it, and it does average out, as it is a
+    matter of where cells happen to be.
     """
 
     time: Tensor
@@ -86,8 +89,14 @@ def consensus(seen: Sightings) -> Consensus:
     information = weight / variance
     own = (information * seen.time).sum(-1) / information.sum(-1)
     evenly = torch.ones_like(time)[:, None]
-    of_clock = variation(evenly, T_MAX * _ranks(time)[:, None], time)
-    return Consensus(time, genes.pace, variation(information.sum(-1), own, time), of_clock[0] / (WINDOWS - 1) ** 0.5)
+    of_clock = variation(evenly, T_MAX * _ranks(time)[:, None], time)[0] / (WINDOWS - 1) ** 0.5
+    varies, influence = variation(information.sum(-1), own, time), _influence(information, genes)
+    varies = varies / (1 - influence)
+    inside = (genes.pace > PACES[0]) & (genes.pace < PACES[1])
+    # A gene that runs backwards, or hardly, follows no clock; nor does any where cells cannot be put in order.
+    known = inside & of_clock.isfinite() & varies.isfinite() & (influence < DECISIVE)
+    varies = torch.where(known, varies, math.inf)
+    return Consensus(time, genes.pace, varies, of_clock.nan_to_num(0.0, posinf=0.0))
 
 
 def paced(seen: Sightings, time: Tensor, genes: Pace) -> Pace:
@@ -124,7 +133,8 @@ def in_unit(time: Tensor) -> Tensor:
     """The time (N,), stretched and moved to where cells are uniform on [0, 20]."""
     uniform, middle = T_MAX * _ranks(time), time.mean()
     off = time - middle
-    return T_MAX / 2 + (off @ uniform) / (off @ off) * off
+    stretch = (off @ uniform) / (off @ off).clamp_min(torch.finfo(off.dtype).tiny)
+    return T_MAX / 2 + stretch * off
 
 
 def variation(information: Tensor, own: Tensor, time: Tensor) -> Tensor:
@@ -145,7 +155,15 @@ def variation(information: Tensor, own: Tensor, time: Tensor) -> Tensor:
     mean = (length * own_steps / steps).sum(0)
     spread = (length * (own_steps / steps - mean) ** 2).sum(0) * (WINDOWS - 1) / (WINDOWS - 2)
     error = 1 / (information * (time - time.mean()) ** 2).sum(0)
-    return ((spread + error).sqrt() / mean.abs()).nan_to_num(math.inf, posinf=math.inf)
+    found = torch.where(mean > 0, (spread + error).sqrt() / mean, math.inf)
+    return found.nan_to_num(math.inf, posinf=math.inf)
+
+
+def _influence(information: Tensor, genes: Pace) -> Tensor:
+    """Which share of the clock that a gene is held against is its own, (G,): by 1 - this its misses are too small."""
+    own = genes.pace**2 * information.sum(-1)
+    share = own / own.sum(1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
+    return ((own * share).sum(0) / own.sum(0)).nan_to_num(0.0)
 
 
 def _followed(seen: Sightings, time: Tensor, genes: Pace) -> tuple[Tensor, Tensor]:

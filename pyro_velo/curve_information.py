@@ -23,6 +23,7 @@ from pyro_velo.batch import Batch
 from pyro_velo.consensus import Sightings
 from pyro_velo.disk import AnyCells
 from pyro_velo.kinetics import Rates
+from pyro_velo.likelihoods import QuickStudentT
 from pyro_velo.models.velocity import C_K, RATES, VelocityProgram
 from pyro_velo.posterior import posterior_of_states
 from pyro_velo.times import Timed
@@ -35,8 +36,21 @@ ON_THE_WAY = (0, 2)
 """The states in which time passes."""
 
 
+class Looked(NamedTuple):
+    """What genes say of the times of some cells, and these of x, the logarithms of K sites.
+
+    `information` (G, K, K) in float64 is a sum over the cells.
+    """
+
+    seen: Sightings
+    information: Tensor
+
+
 class Curve(NamedTuple):
-    """Means and variances of both molecules in a state, (2, B, G) each."""
+    """Means and variances of both molecules in a state, (2, B, G) each.
+
+    Where tails are heavy it is the variance that a Normal of the same Fisher information about its mean would have.
+    """
 
     mean: Tensor
     variance: Tensor
@@ -44,21 +58,16 @@ class Curve(NamedTuple):
 
 def looked_at(
     fitted: Fitted, cells: AnyCells, index: Tensor, values: Mapping[str, Tensor], sites: Sequence[str]
-) -> tuple[Sightings, Tensor]:
-    """What genes say of the times of the cells at `index`, and these of x, the logs of `sites`: (G, K, K) float64.
-
-    All at the means of q(z), with the gene-level sites at `values`.
-    """
+) -> Looked:
+    """The cells at `index` and the logarithms of `sites`, at the means of q(z) and gene-level sites at `values`."""
     size = max(1, CELLS_GENES_AT_ONCE // cells.n_genes)
-    parts, total = [], torch.zeros(cells.n_genes, len(sites), len(sites), dtype=torch.float64, device=cells.device)
-    for batch in cells.batches(index, size):
-        seen, information = _look(fitted, batch, values, sites)
-        parts.append(seen)
-        total += information
-    return Sightings(*(torch.cat(each) for each in zip(*parts, strict=True))), total
+    parts = [_look(fitted, batch, values, sites) for batch in cells.batches(index, size)]
+    seen = Sightings(*(torch.cat(each) for each in zip(*(part.seen for part in parts), strict=True)))
+    information = torch.stack([part.information for part in parts]).sum(0)
+    return Looked(seen, information)
 
 
-def _look(fitted: Fitted, batch: Batch, values: Mapping[str, Tensor], sites: Sequence[str]) -> tuple[Sightings, Tensor]:
+def _look(fitted: Fitted, batch: Batch, values: Mapping[str, Tensor], sites: Sequence[str]) -> Looked:
     """The same of some cells."""
     guide, program = fitted.guide, fitted.program
     z = guide.encode(batch).mean
@@ -84,7 +93,7 @@ def _look(fitted: Fitted, batch: Batch, values: Mapping[str, Tensor], sites: Seq
         information = information + j @ j.mT
     time = torch.stack((timed.on, values["switch_time"] + timed.off), -1)
     seen = Sightings(time, torch.stack(precision, -1), torch.stack([probability[k] for k in ON_THE_WAY], -1))
-    return seen, information
+    return Looked(seen, information)
 
 
 def curves(program: VelocityProgram, timed: Timed, values: Mapping[str, Tensor], batch: Batch) -> list[Curve]:
@@ -92,17 +101,25 @@ def curves(program: VelocityProgram, timed: Timed, values: Mapping[str, Tensor],
     rates = Rates(*(values[name] for name in RATES))
     means, found = program.means(rates, values, timed, program.landmarks(rates, values)), []
     for u, s, scale in zip(means.u[:3], means.s[:3], C_K, strict=False):
-        pair: tuple[Any, Any] = program.likelihoods(u, s, values, batch, scale)
-        mean, variance = (torch.stack([getattr(x, of).expand(batch.u.shape) for x in pair]) for of in Curve._fields)
-        found.append(Curve(mean, variance))
+        pair = [_normal(each) for each in program.likelihoods(u, s, values, batch, scale)]
+        found.append(Curve(*(torch.stack([x.expand(batch.u.shape) for x in each]) for each in zip(*pair, strict=True))))
     return found
 
 
+def _normal(molecule: Any) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a Normal with the Fisher information about the mean that a likelihood has."""
+    if isinstance(molecule, QuickStudentT):
+        # Lange et al. 1989, appendix B; its own moments need not exist.
+        return molecule.loc, molecule.scale**2 * (molecule.df + 3) / (molecule.df + 1)
+    return molecule.mean, molecule.variance
+
+
 def _slopes(program: VelocityProgram, timed: Timed, values: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
-    """In time, by central differences."""
-    moved = [Timed((timed.on + step).clamp_min(0), (timed.off + step).clamp_min(0)) for step in (-STEP, STEP)]
-    before, after = (curves(program, each, values, batch) for each in moved)
-    return [(b.mean - a.mean) / (2 * STEP) for a, b in zip(before, after, strict=True)]
+    """In time, by central differences, and next to time 0 by those that there is room for."""
+    before, after = (Timed((timed.on + step).clamp_min(0), (timed.off + step).clamp_min(0)) for step in (-STEP, STEP))
+    low, high = (curves(program, each, values, batch) for each in (before, after))
+    length = (after.on - before.on, torch.full_like(timed.on, 2 * STEP), after.off - before.off)
+    return [(b.mean - a.mean) / apart for a, b, apart in zip(low, high, length, strict=True)]
 
 
 def _responses(

@@ -54,9 +54,9 @@ class Fit:
 
     @cached_property
     def told(self) -> Fitted:
-        """The fit with genes' own times in a unit that they share (`time_units`): what all that is told is drawn from.
+        """The fit with genes' own times in a unit that they share (`time_units`): velocities, times and rates are its.
 
-        Bounds and diagnoses are of `fitted`, as it was trained: a bound gains nothing from a unit.
+        Bounds, diagnoses and checks are of `fitted`, as it was trained: they gain nothing from a unit.
         """
         return in_common_unit(self.fitted, self.data.cells, seed=self.fitted.training.settings.seed)
 
@@ -94,14 +94,13 @@ class Fit:
         receive: Callable[[NDArray[np.int64], NDArray[np.float32]], None],
         *,
         draws: int = 100,
-        over_states: OverStates = "expected",
+        over_states: OverStates = OVER_STATES,
         progress: bool | None = None,
     ) -> None:
         """Call `receive(cells, velocities)` for one batch of cells after the other, without ever holding all draws.
 
         `cells` (B,) are their numbers, `velocities` (draws, B, fitted genes) in the units of the spliced layer per unit
-        of latent time. The i-th draws of all cells are one draw of the whole; with `over_states="drawn"`
-        they are those that `write` summarises.
+        of latent time. The i-th draws of all cells are one draw of the whole; they are those that `write` summarises.
         """
         unit = self.data.scaling.s_unit
 

@@ -25,7 +25,7 @@ from pyro_velo.fates import Fates
 from pyro_velo.fitting import Fit
 from pyro_velo.macrostates import terminal_states
 from pyro_velo.options import COLOR
-from pyro_velo.posterior import OVER_STATES, OverStates, check_draws
+from pyro_velo.posterior import OF_DIRECTIONS, OVER_STATES, OverStates, check_draws
 from pyro_velo.transitions import SCALE, Receiver, Stream, Transitions
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def transitions(
     draws: int = 100,
     steps: int = 1,
     scale: float = SCALE,
-    over_states: OverStates = "expected",
+    over_states: OverStates = OF_DIRECTIONS,
     progress: bool | None = None,
 ) -> Transitions:
     """A transition matrix for each draw of a fit, on the neighbour graph `obsp['distances']`.

@@ -23,6 +23,8 @@ from pyro_velo.rates import MeanField, RateGuide
 
 WARP = "clock_warp"
 """The site by which rates and cells hang together in a coupled guide."""
+TIME_UNIT = "time_unit"
+"""The site of the unit of each gene's times, in a guide to which it was told."""
 
 
 @dataclass(frozen=True)

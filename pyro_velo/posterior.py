@@ -24,7 +24,7 @@ from pyro_velo.batch import Batch
 from pyro_velo.compiled import compiled
 from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
-from pyro_velo.guides import WARP, AmortizedProgram
+from pyro_velo.guides import TIME_UNIT, WARP, AmortizedProgram
 from pyro_velo.kinetics import Rates
 from pyro_velo.models.velocity import RATES, Given, Landmarks, VelocityProgram
 from pyro_velo.quantiles import directional_uncertainty, quantiles
@@ -35,6 +35,8 @@ Array = NDArray[np.float32]
 OverStates = Literal["expected", "most likely", "drawn"]
 OVER_STATES: OverStates = "drawn"
 """What is told of a fit: an interval of a velocity holds that its state is not known."""
+OF_DIRECTIONS: OverStates = "expected"
+"""Where cells go: a direction is of all genes together, and averages over their states."""
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """By which the number that a state is drawn by moves on from draw to draw: so few draws hold a state in its share."""
@@ -155,7 +157,7 @@ def stream(
     receive: Callable[[NDArray[np.int64], Draws], None],
     *,
     draws: int = 100,
-    over_states: OverStates = "expected",
+    over_states: OverStates = OVER_STATES,
     seed: int = 0,
     progress: bool | None = None,
     as_if: AnyCells | None = None,
@@ -325,7 +327,8 @@ def drawn_states(probability: Sequence[Tensor], place: Tensor) -> tuple[Tensor, 
         above = below + each
         found.append(((below <= place) & (place < above)).to(place))
         below = above
-    return (*found, (below <= place).to(place))
+    # Zero times what came before, which is zero unless it is NaN.
+    return (*found, 1 - sum(found[1:], found[0]) + 0 * below)
 
 
 def cells_of(
@@ -423,4 +426,6 @@ class _Summary:
 
 def _is_rate(name: str, draw: dict[str, Tensor]) -> bool:
     """Autoguides keep an unconstrained twin of every site; it is not reported, nor is what couples them."""
-    return name in RATES or (name != WARP and not name.endswith("_unconstrained") and draw[name].ndim == 1)
+    return name in RATES or (
+        name not in (WARP, TIME_UNIT) and not name.endswith("_unconstrained") and draw[name].ndim == 1
+    )

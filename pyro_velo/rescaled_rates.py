@@ -22,14 +22,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_velo.batch import Batch
-from pyro_velo.kinetics import T_MAX
+from pyro_velo.guides import TIME_UNIT
 
-UNIT = "time_unit"
-"""The site of the lambdas, their sum."""
 POWERS: Mapping[str, int] = {"alpha": 1, "beta": 1, "gamma": 1, "alpha_1": 1, "ramp": 1, "switch_time": -1}
 """How the gene-level sites follow lambda: 1/time, or time."""
-LATEST = T_MAX * (1 - 1e-4)
-"""Of switching times, which end before all times do."""
 
 
 class Marginal(NamedTuple):
@@ -73,17 +69,18 @@ class RescaledRates:
         with poutine.block():
             trace = poutine.trace(self.base).get_trace(batch)
         trace.compute_log_prob()
-        unit = self.units.at(torch.rand_like(loc[:, 0])) + self.of_clock * torch.randn_like(loc[0, 0])
+        # No level of exactly 0, which the grid's lower end has, however improbable.
+        level = torch.rand_like(loc[:, 0]).clamp_min(torch.finfo(loc.dtype).eps)
+        unit = self.units.at(level) + self.of_clock * torch.randn_like(loc[0, 0])
         drawn = {}
         with pyro.plate("genes", len(loc), dim=-1):
             # No site of the model: it says how the others hang together, and has no density of its own.
-            unit = pyro.sample(UNIT, dist.Delta(unit).mask(False), infer={"is_auxiliary": True})
+            unit = pyro.sample(TIME_UNIT, dist.Delta(unit).mask(False), infer={"is_auxiliary": True})
             powers = loc.new_tensor([POWERS[name] for name in self.shape.sites])
             normal = dist.MultivariateNormal(loc + powers * unit[:, None], scale_tril=root)
             x = pyro.sample("shape_unconstrained", normal, infer={"is_auxiliary": True})
             for name, log_value in zip(self.shape.sites, x.unbind(-1), strict=True):
-                value = log_value.exp().clamp_max(LATEST) if name == "switch_time" else log_value.exp()
-                drawn[name] = pyro.sample(name, dist.Delta(value, -log_value))
+                drawn[name] = pyro.sample(name, dist.Delta(log_value.exp(), -log_value))
             for name, site in trace.nodes.items():
                 if _is_other(name, site, self.shape.sites):
                     density = dist.Delta(site["value"], site["log_prob"], event_dim=site["fn"].event_dim)

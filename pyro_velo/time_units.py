@@ -7,12 +7,14 @@ at a pace of $c_g$, which varies by $v_g$ of itself, is in the wrong unit by $\l
 
 $$q(\lambda_g) \propto p(\theta_g e^{\pm\lambda_g})\; e^{\pm\lambda_g}\; \mathcal{N}(\lambda_g;\, \log c_g,\, v_g^2)$$
 
-on a grid. A gene that follows nobody has a wide one: the prior's. The shape of its curve is known as well as cells tell
-it whose times are not known (`curve_information`), and no better: a guide that holds the times still is too sure.
+on a grid. A gene that follows nobody has a wide one: the prior's. The shape of its curve is known as well as priors and
+cells whose times are not known tell it (`curve_information`): a guide that holds the times still is too sure.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 
@@ -23,11 +25,11 @@ from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
 from pyro_velo.consensus import Consensus, consensus
-from pyro_velo.curve_information import looked_at
+from pyro_velo.curve_information import Looked, looked_at
 from pyro_velo.disk import AnyCells
 from pyro_velo.guides import AmortizedProgram
 from pyro_velo.models.velocity import VelocityProgram
-from pyro_velo.rescaled_rates import LATEST, POWERS, Marginal, RescaledRates, Shape
+from pyro_velo.rescaled_rates import POWERS, Marginal, RescaledRates, Shape
 from pyro_velo.times import PerGene
 from pyro_velo.train import Fitted, split
 
@@ -36,8 +38,10 @@ CELLS = 1000
 DRAWS = 25
 """Of the rates, whose medians the times are taken at."""
 LAMBDAS = torch.linspace(-3, 3, 1201, dtype=torch.float64)
-PRIOR_SD, FIXED = 1.0, 1e-3
-"""Of the logarithms of rates: what is known of a shape beside the cells, and how far the unit moves with a shape."""
+FIXED = 1e-3
+"""How far the unit moves with a shape."""
+BEND, VAGUE = 0.05, 0.04
+"""By which logarithms are moved to see how sharp a prior is, and the least precision that one is taken to have."""
 
 
 def applies(fitted: Fitted) -> bool:
@@ -61,11 +65,12 @@ def in_common_unit(fitted: Fitted, cells: AnyCells, *, seed: int = 0) -> Fitted:
         torch.manual_seed(seed)
         values = medians(fitted, cells)
         sites = tuple(name for name in POWERS if name in values)
-        seen, information = looked_at(fitted, cells, _chosen(fitted, cells), values, sites)
-        found = consensus(seen)
+        chosen, n_trained = _chosen(fitted, cells)
+        looked = looked_at(fitted, cells, chosen, values, sites)
+        found = consensus(looked.seen)
         units = Marginal.of(LAMBDAS.to(found.pace), log_density(fitted.program, values, found))
-        share = len(seen.time) / len(cells)
-        shape = shape_of(information / share, values, sites)
+        prior = prior_precision(fitted.program, values, sites)
+        shape = shape_of(looked, n_trained, prior, values, sites)
         guide, program = copy(fitted.guide), copy(fitted.program)
         # A module keeps its parts in a dictionary that a copy shares with it.
         guide._modules = {name: part for name, part in guide._modules.items() if name != "rates"}
@@ -83,33 +88,51 @@ def medians(fitted: Fitted, cells: AnyCells) -> dict[str, Tensor]:
     return {name: torch.stack([trace.nodes[name]["value"] for trace in traces]).median(0).values for name in names}
 
 
-def _chosen(fitted: Fitted, cells: AnyCells) -> Tensor:
-    """Some of the training cells."""
+def _chosen(fitted: Fitted, cells: AnyCells) -> tuple[Tensor, int]:
+    """Some of the training cells, and how many there are."""
     settings = fitted.training.settings
     train_index, _ = split(len(cells), settings.held_out, settings.seed)
-    return train_index[torch.randperm(len(train_index))[:CELLS]].sort().values.to(cells.device)
+    some = train_index[torch.randperm(len(train_index))[:CELLS]].sort().values
+    return some.to(cells.device), len(train_index)
 
 
-def shape_of(information: Tensor, values: dict[str, Tensor], sites: tuple[str, ...]) -> Shape:
-    """The Normal of a gene's rates around their values with this information (G, K, K), the unit held fixed."""
-    powers = torch.tensor([float(POWERS[name]) for name in sites], dtype=torch.float64, device=information.device)
-    held = torch.outer(powers, powers) / (len(sites) * FIXED**2)
-    prior = torch.eye(len(sites), dtype=torch.float64, device=information.device) / PRIOR_SD**2
-    covariance = torch.linalg.inv(information + prior + held)
-    loc = torch.stack([values[name].clamp_max(LATEST) if name == "switch_time" else values[name] for name in sites], -1)
-    return Shape(sites, loc.log(), torch.linalg.cholesky((covariance + covariance.mT) / 2).to(loc))
+def shape_of(looked: Looked, n_cells: int, prior: Tensor, values: dict[str, Tensor], sites: tuple[str, ...]) -> Shape:
+    """The Normal of a gene's rates around their values, beta held fixed; those who looked stand for `n_cells`.
+
+    Beta is what tells the unit (`PerGeneProgram`); `prior` (G, K) are the priors' precisions.
+    """
+    information = looked.information * n_cells / len(looked.seen.time)
+    beta = (torch.tensor([name == "beta" for name in sites]) / FIXED**2).to(information)
+    covariance = torch.linalg.inv(information + torch.diag_embed(prior.to(information) + beta))
+    loc = torch.stack([values[name] for name in sites], -1)
+    return Shape(sites, loc.log(), torch.linalg.cholesky(covariance).to(loc))
+
+
+def prior_precision(program: VelocityProgram, values: dict[str, Tensor], sites: tuple[str, ...]) -> Tensor:
+    """How sharp the priors of the sites' logarithms are at their values, (G, K): `VAGUE` at least."""
+    found = []
+    for name in sites:
+        prior = _prior(program, values, name)
+        low, at, high = (prior(values[name] * math.exp(step)) for step in (-BEND, 0.0, BEND))
+        # At the end of a support it is not curved but cut off, which the unit's grid knows.
+        found.append(((2 * at - low - high) / BEND**2).nan_to_num(0.0, posinf=0.0, neginf=0.0).clamp_min(VAGUE))
+    return torch.stack(found, -1)
+
+
+def _prior(program: VelocityProgram, values: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    """The log-density of a site's logarithm, as a function of the site (..., G)."""
+    with pyro.plate("genes", program.n_genes, dim=-1):
+        trace = poutine.trace(poutine.condition(program.sample_genes, data=values)).get_trace()
+    fn = trace.nodes[name]["fn"]
+    return lambda value: fn.log_prob(value).to(value) + value.log()
 
 
 def log_density(program: VelocityProgram, values: dict[str, Tensor], found: Consensus) -> Tensor:
     """Of lambda on the grid (G, M), not normalised: the priors along the ray, and what the clock says."""
     grid = LAMBDAS.to(found.pace)
-    with pyro.plate("genes", program.n_genes, dim=-1):
-        trace = poutine.trace(poutine.condition(program.sample_genes, data=values)).get_trace()
     total = torch.zeros(program.n_genes, len(grid)).to(grid)
-    for name, power in POWERS.items():
-        if name in trace.nodes:
-            there = values[name] * torch.exp(power * grid)[:, None]
-            total = total + trace.nodes[name]["fn"].log_prob(there).mT + power * grid
+    for name in (name for name in POWERS if name in values):
+        total = total + _prior(program, values, name)(values[name] * torch.exp(POWERS[name] * grid)[:, None]).mT
     precision = moderated(found.variation) ** -2
     return total - 0.5 * precision[:, None] * (grid - found.pace.log()[:, None]) ** 2
 

@@ -40,6 +40,10 @@ class Timed(NamedTuple):
 class TimesProgram(nn.Module, ABC):
     """The network of a recipe."""
 
+    def end(self, values: Mapping[str, Tensor]) -> Tensor | float:
+        """When all times end, (G,) or one for all: the time of a gene that has come to rest after it was on."""
+        return T_MAX
+
     @abstractmethod
     def forward(self, z: Tensor, switch: Tensor, values: Mapping[str, Tensor]) -> Timed:
         """Times of the cells with latent vectors `z` (B, d) and covariates; `switch` (G,), `values` the added sites."""
@@ -119,9 +123,16 @@ class PerGeneProgram(TimesProgram):
         """Shares of the time before and after the switch."""
         if self.reference is None:
             return Timed(*shares_of_time(self.decoder(z), switch, T_MAX - switch))
-        beta, switched = self.reference
-        unit = beta / values["beta"]
+        switched, unit = self.reference[1], self._unit(values)
         return Timed(*shares_of_time(self.decoder(z), switched * unit, (T_MAX - switched) * unit))
+
+    def end(self, values: Mapping[str, Tensor]) -> Tensor | float:
+        """20, in the unit of each gene."""
+        return T_MAX if self.reference is None else T_MAX * self._unit(values)
+
+    def _unit(self, values: Mapping[str, Tensor]) -> Tensor:
+        assert self.reference is not None
+        return self.reference[0] / values["beta"]
 
     def in_units_of(self, beta: Tensor, switch: Tensor) -> PerGeneProgram:
         """The same with the rates (G,) of a fit as its reference."""

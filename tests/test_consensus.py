@@ -61,6 +61,33 @@ def test_genes_without_a_common_clock_vary() -> None:
     assert found.variation.median() > 0.3
 
 
+@pytest.mark.parametrize("n_genes", [1, 2, 3, 5])
+def test_a_few_genes_do_not_agree_with_themselves(n_genes: int) -> None:
+    noise = torch.Generator().manual_seed(2)
+    own = T_MAX * torch.rand(N, n_genes, 2, generator=noise)
+    found = consensus(Sightings(own, torch.full((N, n_genes, 2), 25.0), torch.full((N, n_genes, 2), 0.5)))
+    assert found.variation.min() > 0.3
+
+
+def test_a_gene_that_runs_backwards_is_not_told_its_unit(known: tuple[Tensor, Tensor, Sightings]) -> None:
+    time, _, seen = known
+    reversed_time = seen.time.clone()
+    reversed_time[:, 7] = (18 - 0.9 * time[:, None]).clamp_min(0) + 0.1 * torch.randn(N, 2)
+    found = consensus(seen._replace(time=reversed_time, precision=torch.full((N, G, 2), 25.0)))
+    assert found.variation[7] == math.inf and found.variation.isfinite().sum() > 0.9 * G
+
+
+@pytest.mark.parametrize("n_cells", [2, 5, 6, 40])
+@pytest.mark.parametrize("moving", [0.0, 1.0])
+def test_cells_that_cannot_be_put_in_order_tell_no_unit(n_cells: int, moving: float) -> None:
+    noise = torch.Generator().manual_seed(3)
+    own = T_MAX * torch.rand(n_cells, 4, 2, generator=noise)
+    found = consensus(Sightings(own, torch.full((n_cells, 4, 2), 25.0), moving * torch.full((n_cells, 4, 2), 0.5)))
+    assert found.of_clock.isfinite() and found.pace.isfinite().all() and not found.variation.isnan().any()
+    if moving == 0 or n_cells < 6:
+        assert found.variation.isinf().all()
+
+
 def test_a_steady_pace_does_not_vary_and_an_unsteady_one_does_by_its_sd() -> None:
     time = torch.linspace(0, T_MAX, 1201, dtype=torch.float64)
     slow = time.clamp_max(10) + 2 * (time - 10).clamp_min(0)

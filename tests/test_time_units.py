@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -16,13 +18,22 @@ from torch import Tensor
 
 import pyro_velo as pv
 from pyro_velo import time_units
-from pyro_velo.consensus import Consensus
-from pyro_velo.curve_information import looked_at
+from pyro_velo.consensus import Consensus, Sightings
+from pyro_velo.curve_information import Looked, looked_at
 from pyro_velo.fitting import Fit
 from pyro_velo.kinetics import T_MAX
 from pyro_velo.posterior import draw_rates
-from pyro_velo.rescaled_rates import LATEST, POWERS, Marginal, RescaledRates
-from pyro_velo.time_units import LAMBDAS, applies, in_common_unit, log_density, medians, moderated, shape_of
+from pyro_velo.rescaled_rates import POWERS, Marginal, RescaledRates
+from pyro_velo.time_units import (
+    LAMBDAS,
+    applies,
+    in_common_unit,
+    log_density,
+    medians,
+    moderated,
+    prior_precision,
+    shape_of,
+)
 from pyro_velo.train import Fitted, train
 
 SITES = ("alpha", "beta", "gamma", "switch_time")
@@ -52,16 +63,15 @@ def test_another_unit_is_the_same_curve_with_all_velocities_faster(before: Fitte
         torch.manual_seed(0)
         values = medians(before, small_cells())
     unit = torch.linspace(-0.3, 0.4, 5)
-    unit = torch.maximum(unit, (values["switch_time"] / LATEST).log())
     faster = {name: value * torch.exp(POWERS.get(name, 0) * unit) for name, value in values.items()}
     one, other = explained(before, values), explained(after, faster)
     for state in range(4):
         assert_close(other.u[state], one.u[state], slack=100)
         assert_close(other.s[state], one.s[state], slack=100)
         assert_close(other.log_joint[state], one.log_joint[state], slack=1000)
+        assert_close(torch.as_tensor(other.t[state]), one.t[state] * (-unit).exp(), slack=100)
     for state in (0, 2):
         assert_close(other.velocity[state], one.velocity[state] * unit.exp(), slack=100)
-        assert_close(other.t[state], one.t[state] * (-unit).exp(), slack=100)
 
 
 def test_cells_tell_nothing_of_the_unit(before: Fitted) -> None:
@@ -138,7 +148,7 @@ def test_draws_have_the_density_that_the_guide_says(after: Fitted) -> None:
     powers = torch.tensor([float(POWERS[name]) for name in shape.sites])
     normal = torch.distributions.MultivariateNormal(shape.loc + powers * unit[:, None], scale_tril=shape.root)
     x = torch.stack([trace.nodes[name]["value"].log() for name in shape.sites], -1)
-    assert (trace.nodes["switch_time"]["value"] < LATEST).all() and (unit > 0).all()
+    assert (unit > 0).all()
     total = sum(trace.nodes[name]["log_prob"] for name in (*shape.sites, "shape_unconstrained"))
     assert_close(total, normal.log_prob(x) - x.sum(-1), slack=1e3)
 
@@ -157,19 +167,34 @@ def test_draws_are_spread_as_shape_and_unit_say(after: Fitted) -> None:
     # The unit is in all rates alike: it moves beta and leaves the ratio.
     assert (beta.std(0) > 0.02).all()
     assert all(set(each) == set(drawn[0]) >= {*SITES, "noise_unspliced", "noise_spliced"} for each in drawn)
-    assert all((each["switch_time"] <= LATEST).all() for each in drawn)
 
 
-def test_information_of_a_normal_is_its_precision() -> None:
-    information = torch.diag(torch.tensor([400.0, 100.0, 25.0, 900.0], dtype=torch.float64)).expand(2, 4, 4)
-    values = {name: torch.ones(2) for name in SITES}
-    covariance = (lambda root: root @ root.mT)(shape_of(information, values, SITES).root.double())
-    powers = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
-    # Along what leaves the unit alone, the inverse; along the unit next to nothing.
-    assert torch.einsum("i,gij,j->g", powers, covariance, powers).max() < 4 * 1e-5
-    inverse = torch.linalg.inv(information[0] + torch.eye(4, dtype=torch.float64))
-    held = inverse - torch.outer(inverse @ powers, inverse @ powers) / (powers @ inverse @ powers)
-    assert torch.allclose(covariance[0], held, atol=1e-5)
+INFORMATION = torch.tensor([400.0, 100.0, 25.0, 900.0], dtype=torch.float64)
+"""Of four sites, which know nothing of each other."""
+
+
+def test_a_shape_is_known_as_well_as_cells_and_priors_tell() -> None:
+    empty, values = torch.zeros(600, 2, 2), {name: torch.ones(2) for name in SITES}
+    seen = Looked(Sightings(empty, empty, empty), torch.diag(INFORMATION).expand(2, 4, 4))
+    others = [0, 2, 3]
+    for n_cells, prior in ((600, 1.0), (600, 100.0), (1200, 1.0)):
+        root = shape_of(seen, n_cells, torch.full((2, 4), prior), values, SITES).root
+        found = (root @ root.mT)[0].diag().double()
+        expected = 1 / (INFORMATION * n_cells / 600 + prior)
+        assert torch.allclose(found[others], expected[others], rtol=1e-3)
+        # Beta is what tells the unit.
+        assert found[1] < 2 * time_units.FIXED**2
+
+
+def test_priors_are_as_sharp_as_they_are(before: Fitted) -> None:
+    model = replace(MODEL, priors=pv.Priors(gamma=dist.LogNormal(-1.0, 0.1)))
+    program = model.build(small_cells())
+    values = {name: torch.full((5,), 0.5) for name in SITES}
+    values |= {f"noise_{molecule}": torch.full((5,), 0.1) for molecule in ("unspliced", "spliced")}
+    with pyro.validation_enabled(False):
+        found = prior_precision(program, values, SITES)
+    expected = torch.tensor([1.0, 1.0, 100.0, time_units.VAGUE])
+    assert_close(found, expected.expand(5, 4), slack=3e3)
 
 
 def test_the_same_seed_gives_the_same_units_and_the_fit_stays(before: Fitted, after: Fitted) -> None:
@@ -214,13 +239,33 @@ def test_every_part_can_be_told_its_unit(parts: dict, rates: pv.rates.RateGuide)
     assert isinstance(fit.fitted.guide.rates, RescaledRates)
 
 
-def test_cells_on_the_device_are_a_sample(before: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_units, "CELLS", 20)
-    some = in_common_unit(before, small_cells())
-    every = in_common_unit(before, small_cells(), seed=1)
-    # Half as many cells stand for all of them: information is counted up.
-    ratio = some.guide.rates.shape.root[:, 2, 2] / every.guide.rates.shape.root[:, 2, 2]
-    assert ((ratio > 0.3) & (ratio < 3)).all()
+def test_a_sample_of_cells_stands_for_all(before: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells, every = small_cells(), torch.arange(40)
+    with before.parameters(), torch.no_grad(), pyro.validation_enabled(False):
+        values = medians(before, cells)
+        whole, half = (looked_at(before, cells, index, values, SITES) for index in (every, every[::2]))
+        monkeypatch.setattr("pyro_velo.curve_information.CELLS_GENES_AT_ONCE", 5 * 7)
+        parts = looked_at(before, cells, every, values, SITES)
+    assert_close(parts.information, whole.information, slack=1e6)
+    assert_close(parts.seen.precision, whole.seen.precision, slack=100)
+    assert_close(half.seen.time, whole.seen.time[::2], slack=100)
+    diagonal = half.information.diagonal(dim1=1, dim2=2) / whole.information.diagonal(dim1=1, dim2=2)
+    assert float(diagonal.median()) == pytest.approx(0.5, abs=0.15)
+
+
+def test_cells_on_the_disk_have_the_units_of_those_in_memory(before: Fitted, after: Fitted, tmp_path: Path) -> None:
+    small_adata().write_h5ad(tmp_path / "cells.h5ad")
+    cells = pv.velocity_data_on_disk(tmp_path / "cells.h5ad", as_is=True).cells
+    found = in_common_unit(before, cells)
+    assert_close(found.guide.rates.units.cumulative, after.guide.rates.units.cumulative, slack=1e3)
+
+
+@pytest.mark.parametrize("df", [0.8, 1.5])
+def test_tails_without_moments_have_units_too(df: float) -> None:
+    model = replace(MODEL, likelihood=pv.likelihoods.StudentT(df=df))
+    fitted = train(model, GUIDE, small_cells(), settings=settings(max_epochs=1), progress=False)
+    rates = in_common_unit(fitted, small_cells()).guide.rates
+    assert rates.shape.root.isfinite().all() and rates.units.cumulative.isfinite().all()
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from pyro_velo.batch import Batch, Cells
 from pyro_velo.compiled import fuses, fusible, pays, spread
 from pyro_velo.errors import InputError
 from pyro_velo.initial import Initialisation, Start, SteadyState
-from pyro_velo.kinetics import T_MAX, Rates, repression, velocity
+from pyro_velo.kinetics import Rates, repression, velocity
 from pyro_velo.library import Known, Library, rough
 from pyro_velo.likelihoods import Likelihood, Normal
 from pyro_velo.mixture import JointMixture, ScoredMolecules
@@ -385,7 +385,7 @@ class VelocityProgram(nn.Module):
             *means,
             # In both steady states beta u = gamma s.
             velocity=(velocity(rates, u_on, s_on), 0.0, velocity(rates, u_off, s_off), 0.0),
-            t=(timed.on, rates.switch_time, rates.switch_time + timed.off, T_MAX)
+            t=(timed.on, rates.switch_time, rates.switch_time + timed.off, self.times.end(values))
             if timed.own is None
             # A cell has its time whatever state a gene is in.
             else (timed.own.expand_as(u_on),) * len(C_K),
