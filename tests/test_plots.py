@@ -76,10 +76,10 @@ def drawn_curve(ax):
 @pytest.mark.parametrize("gene", ["Gene0", "Gene5"])
 def test_the_curve_is_the_trajectory_in_the_units_of_the_layers(gene, adata):
     solid, dashed = drawn_curve(plots.phase_portrait(adata, gene))
-    row = adata.var.loc[gene]
-    rates = kinetics.Rates(*(torch.tensor([row[name]], dtype=torch.float64) for name in keys.RATES))
+    row, median = adata.var.loc[gene], gene_fit(adata, gene).median
+    rates, switch = kinetics.Rates(*(torch.tensor([each], dtype=torch.float64) for each in median)), median[3]
     share = np.linspace(0, 1, len(solid)) ** 2
-    times = row.fit_t_ * share, row.fit_t_ + (kinetics.T_MAX - row.fit_t_) * share
+    times = switch * share, switch + (kinetics.T_MAX - switch) * share
     for branch, t in zip((solid, dashed), times, strict=True):
         u, s = kinetics.trajectory(rates, torch.as_tensor(t)[:, None])
         expected = np.column_stack([s.numpy() + row.fit_s0, u.numpy() + row.fit_u0])
@@ -91,12 +91,13 @@ def test_the_curve_solves_the_ode_and_turns_at_the_switch(adata):
     solid, dashed = drawn_curve(ax)
     row = adata.var.loc["Gene2"]
     offset = np.array([row.fit_u0, row.fit_s0])
+    alpha, beta, gamma, switch = gene_fit(adata, "Gene2").median
 
     def slope(alpha):
-        return lambda t, y: [alpha - row.fit_beta * y[0], row.fit_beta * y[0] - row.fit_gamma * y[1]]
+        return lambda t, y: [alpha - beta * y[0], beta * y[0] - gamma * y[1]]
 
-    on = solve_ivp(slope(row.fit_alpha), (0, row.fit_t_), [0, 0], rtol=1e-10, atol=1e-12).y[:, -1]
-    off = solve_ivp(slope(0.0), (row.fit_t_, kinetics.T_MAX), on, rtol=1e-10, atol=1e-12).y[:, -1]
+    on = solve_ivp(slope(alpha), (0, switch), [0, 0], rtol=1e-10, atol=1e-12).y[:, -1]
+    off = solve_ivp(slope(0.0), (switch, kinetics.T_MAX), on, rtol=1e-10, atol=1e-12).y[:, -1]
     assert tuple(solid[0][::-1]) == tuple(offset)
     for point in (solid[-1], dashed[0], ax.lines[2].get_xydata()[0]):
         np.testing.assert_allclose(point[::-1], on + offset, rtol=1e-7)
@@ -106,7 +107,9 @@ def test_the_curve_solves_the_ode_and_turns_at_the_switch(adata):
 
 def test_the_fitted_curve_runs_through_its_band_and_the_band_widens_with_the_sd(adata):
     def area(factor):
-        adata.var.loc["Gene1", list(keys.RATES_SD)] = factor * adata.var.loc["Gene1", list(keys.RATES)].to_numpy()
+        # Beta is known: what all rates share is the unit of time, which no curve shows.
+        factors = factor * np.array([1, 0, 1, 1])
+        adata.var.loc["Gene1", list(keys.RATES_SD)] = factors * adata.var.loc["Gene1", list(keys.RATES)].to_numpy()
         fit = gene_fit(adata, "Gene1")
         tops = fit.offset + 1.5 * fit.mean[0] / fit.mean[1:3][::-1]
         s, u = (np.linspace(start, top, 200) for start, top in zip(fit.offset, tops, strict=True))
@@ -122,6 +125,16 @@ def test_the_fitted_curve_runs_through_its_band_and_the_band_widens_with_the_sd(
         near = inside[np.abs(u - y).argmin(), np.abs(s - x).argmin()]
         assert 0.05 < near < 0.95
     assert (inside[-1] == 0).all() and np.nanmax(inside) == 1
+
+
+def test_a_unit_of_time_that_is_not_known_widens_no_band(adata):
+    rates = adata.var.loc["Gene1", list(keys.RATES)].to_numpy()
+    # Three rates faster by e^x and a switch earlier by as much, x Normal with sd .3: the LogNormals' means and sds.
+    adata.var.loc["Gene1", list(keys.RATES)] = rates * np.exp(0.3**2 / 2)
+    adata.var.loc["Gene1", list(keys.RATES_SD)] = rates * np.exp(0.3**2 / 2) * np.sqrt(np.expm1(0.3**2))
+    fit = gene_fit(adata, "Gene1")
+    np.testing.assert_allclose(fit.median, rates, rtol=1e-6)
+    np.testing.assert_allclose(fit.of_shape, 0, atol=1e-6)
 
 
 def test_cells_wear_the_colour_of_their_state(adata):

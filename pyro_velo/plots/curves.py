@@ -30,9 +30,19 @@ class GeneFit:
     offset: Array
 
     @property
-    def switch_time(self) -> float:
-        """The posterior mean of the switching time, in [0, 20]."""
-        return float(np.clip(self.mean[3], 0, T_MAX))
+    def median(self) -> Array:
+        """Medians of LogNormals with these means and sds, (4,), whose products have no unit of time; t_s in [0, 20]."""
+        median = np.exp(lognormal(self.mean, self.sd)[0])
+        return np.append(median[:3], np.clip(median[3], 0, T_MAX))
+
+    @property
+    def of_shape(self) -> Array:
+        """Sds of the logarithms (4,) without that of the unit of time, which all share and no curve shows.
+
+        The rate that is known best is taken for it.
+        """
+        sigma = lognormal(self.mean, self.sd)[1]
+        return np.sqrt((sigma**2 - sigma[:3].min() ** 2).clip(0))
 
 
 def gene_fit(adata: Annotated, gene: str) -> GeneFit:
@@ -68,21 +78,20 @@ def branches(parameters: Array, n: int = 100, end: float = T_MAX) -> Array:
 
 
 def fitted_curve(fit: GeneFit, n: int = 200) -> Array:
-    """The curve at the posterior mean rates in the units of Ms and Mu: (2 branches, n, (s, u))."""
-    return branches(np.append(fit.mean[:3], fit.switch_time), n) + fit.offset
+    """The curve at the posterior median rates in the units of Ms and Mu: (2 branches, n, (s, u))."""
+    return branches(fit.median, n) + fit.offset
 
 
 def inside_probability(fit: GeneFit, s: Array, u: Array, seed: int = 0) -> Array:
     """Share of drawn curves that enclose each point of the grid s (S,) x u (U,), in units of Ms and Mu; returns (U, S).
 
-    Rates are drawn independently from LogNormals with the posterior's means and sds. Induction and repression bound a
+    Rates are drawn independently from LogNormals around the posterior's medians, with the sds `of_shape`. Induction and repression bound a
     region of the plane: a point lies in it if it is below the one, u <= u_ind(s), and left of the other, s <= s_rep(u).
     Where the share is between .05 and .95, the curve passes with 90 % probability: this band needs no choice of a
     direction, and its two branches join at the switch. NaN beyond the end of the fitted curve at time 20, and below the
     offset, where no curve goes.
     """
-    mu, sigma = lognormal(fit.mean, fit.sd)
-    draws = np.exp(mu + sigma * np.random.default_rng(seed).standard_normal((DRAWS, 4)))
+    draws = np.exp(np.log(fit.median) + fit.of_shape * np.random.default_rng(seed).standard_normal((DRAWS, 4)))
     draws[:, 3] = draws[:, 3].clip(0, T_MAX)
     s, u = s - fit.offset[0], u - fit.offset[1]
     inside = np.zeros((len(u), len(s)))
@@ -90,7 +99,7 @@ def inside_probability(fit: GeneFit, s: Array, u: Array, seed: int = 0) -> Array
         below = u[:, None] <= np.interp(s, *induced.T)
         left = s <= np.interp(u, *repressed[::-1, ::-1].T)[:, None]
         inside += below & left
-    s_end, u_end = branches(np.append(fit.mean[:3], fit.switch_time))[1, -1]
+    s_end, u_end = branches(fit.median)[1, -1]
     beyond = (u[:, None] < u_end) & (u[:, None] * s_end < s * u_end)
     beyond |= (u[:, None] < 0) | (s < 0)
     return np.where(beyond, np.nan, inside / DRAWS)
