@@ -128,7 +128,7 @@ def test_the_fitted_curve_runs_through_its_band_and_the_band_widens_with_the_sd(
 
 
 def test_a_unit_of_time_that_is_not_known_widens_no_band(adata):
-    rates = adata.var.loc["Gene1", list(keys.RATES)].to_numpy()
+    rates = adata.var.loc["Gene1", list(keys.RATES)].to_numpy(float)
     # Three rates faster by e^x and a switch earlier by as much, x Normal with sd .3: the LogNormals' means and sds.
     adata.var.loc["Gene1", list(keys.RATES)] = rates * np.exp(0.3**2 / 2)
     adata.var.loc["Gene1", list(keys.RATES_SD)] = rates * np.exp(0.3**2 / 2) * np.sqrt(np.expm1(0.3**2))

@@ -85,8 +85,9 @@ def fitted_curve(fit: GeneFit, n: int = 200) -> Array:
 def inside_probability(fit: GeneFit, s: Array, u: Array, seed: int = 0) -> Array:
     """Share of drawn curves that enclose each point of the grid s (S,) x u (U,), in units of Ms and Mu; returns (U, S).
 
-    Rates are drawn independently from LogNormals around the posterior's medians, with the sds `of_shape`. Induction and repression bound a
-    region of the plane: a point lies in it if it is below the one, u <= u_ind(s), and left of the other, s <= s_rep(u).
+    Rates are drawn independently from LogNormals around the posterior's medians, with the sds `of_shape`. Induction and
+    repression bound a region of the plane: a point lies in it if it is below the one, u <= u_ind(s), and left of the
+    other, s <= s_rep(u).
     Where the share is between .05 and .95, the curve passes with 90 % probability: this band needs no choice of a
     direction, and its two branches join at the switch. NaN beyond the end of the fitted curve at time 20, and below the
     offset, where no curve goes.
