@@ -60,6 +60,12 @@ class Fit:
         """
         return in_common_unit(self.fitted, self.data.cells, seed=self.fitted.training.settings.seed)
 
+    def as_trained(self) -> Fit:
+        """The same fit, told in the units that the training came to: for what has no unit, such as a direction."""
+        found = replace(self)
+        found.__dict__["told"] = self.fitted
+        return found
+
     @property
     def history(self) -> dict[str, Any]:
         """The ELBO per cell by epoch: `epoch`, `train`, `held_out` (NaN where it was not evaluated), `kl_weight`.

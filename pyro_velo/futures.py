@@ -152,7 +152,8 @@ def directional(
     check_draws(draws)
     _check_free(adata, {"obs": keys.DIRECTIONAL_OBS}, overwrite)
     graph = _graph(adata, fit)
-    stream, expression, unit = _streamed(fit, draws, "expected", progress)
+    # Whether genes agree has no unit of time, and one that is not known would count as if they did not.
+    stream, expression, unit = _streamed(fit.as_trained(), draws, OF_DIRECTIONS, progress)
     found = agreement.directional(stream, expression, graph, unit=unit, flips=flips, fdr=fdr, seed=seed)
     for key, values in zip(keys.DIRECTIONAL_OBS, (found.probability, found.q), strict=True):
         adata.obs[key] = values.astype(np.float32)

@@ -275,3 +275,11 @@ def test_intervals_of_velocities_come_to_cover_the_truth() -> None:
     fit = pv.fit(model, None, adata, data=pv.velocity_data(adata, as_is=True))
     covered = pv.coverage_of(fit, adata, progress=False).records[0].tallies["velocity"].coverage
     assert 0.75 < covered[0.9] <= 1.0 and 0.35 < covered[0.5] < 0.8
+
+
+def test_a_fit_as_trained_draws_in_its_own_units(before: Fitted) -> None:
+    data = pv.velocity_data(small_adata(), as_is=True)
+    fit = Fit(before, data, "")
+    trained = fit.as_trained()
+    assert trained.told is before and isinstance(fit.told.guide.rates, RescaledRates)
+    assert trained.posterior(draws=20).rates_sd["beta"].max() < fit.posterior(draws=20).rates_sd["beta"].min()
