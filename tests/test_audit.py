@@ -207,8 +207,8 @@ class Known:
         self.data = pv.velocity_data(self.adata, as_is=True)
         self.fitted = SimpleNamespace(training=SimpleNamespace(settings=TrainSettings(seed=0)))
 
-    def velocities(self, receive, *, draws: int) -> None:
-        assert draws == len(self.drawn)
+    def velocities(self, receive, *, draws: int, over_states: str) -> None:
+        assert draws == len(self.drawn) and over_states == "expected"
         for start in range(0, self.adata.n_obs, self.batch):
             cells = np.arange(start, min(start + self.batch, self.adata.n_obs))
             receive(cells, self.drawn[:, cells])
@@ -436,7 +436,11 @@ def test_a_fit_is_audited_by_its_own_draws_and_nothing_is_written() -> None:
     found = audit(fit, few, "stage", [("a", "b")], draws=5)
     assert {where: set(getattr(few, where).keys()) for where in keys} == keys
     drawn = np.empty((5, 80, GENES))
-    fit.velocities(lambda cells, velocities: drawn.__setitem__((slice(None), cells), velocities), draws=5)
+
+    def keep(cells, velocities) -> None:
+        drawn[:, cells] = velocities
+
+    fit.velocities(keep, draws=5, over_states="expected")
     for cbdir, velocity in zip(found.edges[0].cbdir, drawn, strict=True):
         v, x = in_units_of_range(velocity, few.layers["spliced"])
         assert cbdir == pytest.approx(score(few, v, x, "a>b"), abs=1e-7)

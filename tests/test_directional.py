@@ -348,7 +348,11 @@ def test_what_is_found_stands_in_the_anndata_and_survives_a_file(moving: tuple[A
     assert about["share"] == pytest.approx(result.called.mean()) and about["threshold"] == 0.95
     assert (about["fdr"], about["draws"], about["flips"], about["seed"]) == (0.05, 10, FLIPS, 0)
     drawn = np.empty((10, *fit.data.cells.scaled[1].shape))
-    fit.velocities(lambda cells, values: drawn.__setitem__((slice(None), cells), values), draws=10, progress=False)
+
+    def keep(cells, values) -> None:
+        drawn[:, cells] = values
+
+    fit.as_trained().velocities(keep, draws=10, over_states="expected", progress=False)
     measured = adata.layers["spliced"][:, fit.data.genes].astype(np.float64)
     unit = 1 / np.ptp(measured, axis=0)
     direct = directional(streamed(drawn), measured, adata.obsp["distances"], unit=unit, flips=FLIPS)

@@ -54,7 +54,7 @@ def test_nothing_else_moves_and_the_same_seed_gives_the_same_bits(fit: Fit, refi
     assert all(torch.equal(a, b) for a, b in zip(again.fitted.guide.own, refined.fitted.guide.own, strict=True))
     assert fit.fitted.guide.own is None and differing(refined.fitted.training, fit.fitted.training) == []
     assert all(torch.equal(value, fit.fitted.training.best[name]) for name, value in before.items())
-    rates = [each.posterior(draws=5).rates["alpha"] for each in (fit, refined)]
+    rates = [each.as_trained().posterior(draws=5).rates["alpha"] for each in (fit, refined)]
     np.testing.assert_array_equal(*rates)
 
 

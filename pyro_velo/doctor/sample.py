@@ -33,7 +33,9 @@ from pyro_velo.models.velocity import VelocityModel, VelocityProgram
 from pyro_velo.train import Fitted, Guide, Training, apart, load_parameters, per_cell, split
 
 FILE = "diagnosis.safetensors"
-FORMAT = 1
+FORMAT = 2
+SEEN = ("seen_mean", "seen_sd")
+"""What an encoder is told genes in units of, read off all cells."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Sample:
     cells: SomeCells
     start: Start
     order: Tensor | None
+    seen_moments: tuple[Tensor, Tensor]
     noise_ratio: float
     about: dict[str, Any]
 
@@ -107,7 +110,9 @@ def save(fitted: Fitted, cells: AnyCells, folder: str | Path, *, about: dict[str
         return
     settings = fitted.training.settings
     numbers = looked_at(len(cells), settings.held_out, settings.seed)
-    tensors = _flatten(cells, numbers) | {f"start/{name}": x for name, x in _of_start(fitted.program.start).items()}
+    program = fitted.program
+    tensors = _flatten(cells, numbers) | {f"start/{name}": x for name, x in _of_start(program.start).items()}
+    tensors |= {name: getattr(program, name) for name in SEEN}
     noise = noise_ratio(fitted, cells)
     header = {
         "format": FORMAT,
@@ -165,6 +170,7 @@ def restored(model: VelocityModel, guide: Guide, training: Training, sample: Sam
     with apart(cells, seed) as store:
         program = model.build(cells.rows)
         program.start, program.order = sample.start, sample.order
+        program.seen_mean, program.seen_sd = sample.seen_moments
         made = guide(program)
         parts = [per_cell(part, len(cells)) for part in (program, made)]
         with torch.no_grad():
@@ -210,6 +216,7 @@ def _sample(header: dict[str, Any], tensors: dict[str, Tensor]) -> Sample:
         SomeCells(rows, tensors["numbers"], header["n_all"]),
         _start({name.removeprefix("start/"): x for name, x in tensors.items() if name.startswith("start/")}),
         tensors.get("order"),
+        (tensors[SEEN[0]], tensors[SEEN[1]]),
         math.nan if noise is None else noise,
         header["about"],
     )
