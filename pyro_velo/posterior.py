@@ -48,7 +48,7 @@ The draws of one batch take 2 MiB each, 200 MiB for 100 draws."""
 
 @dataclass(frozen=True)
 class Posterior:
-    """Summaries in the units of the model (scaled abundance, latent time in [0, 20]).
+    """Summaries in the units of the model: scaled abundance, and latent time, in [0, 20] unless a unit was told.
 
     Cells x genes: `velocity` (mean), `velocity_sd`, `velocity_q05`, `velocity_q95`, `t`, `t_sd`, `u`, `s` (posterior
     mean expression), `state` (most likely, 0 to 3). (4, cells, genes) is never kept; `state_use` (4, genes) is its

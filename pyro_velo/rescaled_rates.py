@@ -1,7 +1,7 @@
 r"""The guide of the rates where every gene has a time of its own, in a unit that is known as far as genes agree on it.
 
 With $(\alpha, \beta, \gamma)$ faster by $e^{\lambda}$ and all times shorter by as much, a gene's curve is the same. So
-a gene has a shape and a unit, and its rates and switching time $\theta_g$ are drawn as
+a gene has a shape and a unit, beta's, and its rates and switching time $\theta_g$ are drawn as
 
 $$\log\theta_g = m_g + L_g \epsilon_g \pm (\lambda_g + \lambda), \qquad \epsilon \sim \mathcal{N}(0, I), \quad
 \lambda_g \sim q_g, \quad \lambda \sim \mathcal{N}(0, v^2)$$
