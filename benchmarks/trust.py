@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--cells", type=int, default=1000)
     parser.add_argument("--genes", type=int, default=300)
-    parser.add_argument("--likelihood", default="normal")
+    parser.add_argument("--likelihood", default="tobit")
     parser.add_argument("--times", default="per-gene")
     parser.add_argument("--rates", default="mean-field")
     parser.add_argument("--library", default="known")

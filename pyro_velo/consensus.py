@@ -8,6 +8,10 @@ $$t_{ng} \sim \mathcal{N}\big(c_g (T_n - o_g),\; \lambda_{ng}^{-1} + \sigma_g^2\
 with a probability, and anything in [0, 20] else: a gene may follow the clock in some of the cells alone, those of a
 lineage for instance, and the end of a gene's curve looks like its beginning. T, c, o and $\sigma$ are the most probable
 ones, by expectation maximisation. The unit of T is that in which cells are spread as if they were uniform on [0, 20].
+
+Once the clock is found, a gene's pace is read off the way up and the way down with an onset $o$ for each: how long a
+gene stayed at its steady state in between no molecule tells. At the ends of both a gene's time has nowhere to go but
+inwards, so that cells within an sd of them are left out.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from pyro_velo.kinetics import T_MAX
 
 ASTRAY = 0.1
 """How likely it is beforehand that a gene does not follow the clock in a cell."""
-ROUNDS, STEPS = 6, 5
-"""Rounds of cells and genes in turn; steps of the genes in each."""
+ROUNDS, STEPS, STEPS_APART = 6, 5, 10
+"""Rounds of cells and genes in turn; steps of the genes in each, and with the ways up and down apart at the end."""
 PLACES = 51
 """Times, equally far apart, at which every cell is looked for."""
 WINDOWS = 6
@@ -44,16 +48,19 @@ VAGUE = 1e-6
 class Sightings(NamedTuple):
     """What genes say of cells' times, each of two states, on the way up and down: (N, G, 2).
 
-    `time` since the gene came on, the `precision` of it, and the `probability` of the state.
+    `time` since the gene came on, the `precision` of it, and the `probability` of the state; and between which times a
+    gene is in the state, `low` and `high` (G, 2).
     """
 
     time: Tensor
     precision: Tensor
     probability: Tensor
+    low: Tensor
+    high: Tensor
 
 
 class Pace(NamedTuple):
-    """A gene's time against the clock, (G,): `pace` c, `onset` o, and `scatter`, the sd of its own deviations."""
+    """A gene's time against the clock: `pace` c (G,), each state's `onset` o (G, 2), and the sd `scatter` (G,)."""
 
     pace: Tensor
     onset: Tensor
@@ -61,11 +68,10 @@ class Pace(NamedTuple):
 
 
 class Consensus(NamedTuple):
-    """The clock: `time` (N,) of cells, and `pace` (G,) of genes, how far it varies (`variation`, in units of itself).
+    """The clock: `time` (N,) of cells, and `pace` (G,) of genes, its error in units of itself (`variation`).
 
     `variation` is infinite where too little is known, or a gene runs against the others. `of_clock` is the error of the
-    clock's own mean pace, against one by which cells are uniform: genes share it, and it does average out, as it is a
-    matter of where cells happen to be.
+    clock's own unit, which is a matter of where cells happen to be: genes share it.
     """
 
     time: Tensor
@@ -78,18 +84,21 @@ def consensus(seen: Sightings) -> Consensus:
     """The clock on which genes agree most."""
     time = T_MAX * _ranks(_ranks(_likeliest(seen)).mean(1))
     ones = torch.ones_like(seen.time[0, :, 0])
-    genes = Pace(ones, torch.zeros_like(ones), START_SCATTER * ones)
+    genes = Pace(ones, torch.zeros_like(seen.time[0]), START_SCATTER * ones)
     for _ in range(ROUNDS):
         for _ in range(STEPS):
             genes = paced(seen, time, genes)
         time = in_unit(placed(seen, genes))
     for _ in range(STEPS):
         genes = paced(seen, time, genes)
-    weight, variance = _followed(seen, time, genes)
+    for _ in range(STEPS_APART):
+        genes = paced(seen, time, genes, apart=True)
+    weight, variance = _followed(seen, time, genes, inside=True)
     information = weight / variance
-    own = (information * seen.time).sum(-1) / information.sum(-1)
-    evenly = torch.ones_like(time)[:, None]
-    of_clock = variation(evenly, T_MAX * _ranks(time)[:, None], time)[0] / (WINDOWS - 1) ** 0.5
+    # Both states' times as if they had come on at time 0.
+    since = seen.time + genes.pace[:, None] * genes.onset
+    own = (information * since).sum(-1) / information.sum(-1)
+    of_clock = error_of_unit(time)
     varies, influence = variation(information.sum(-1), own, time), _influence(information, genes)
     varies = varies / (1 - influence)
     inside = (genes.pace > PACES[0]) & (genes.pace < PACES[1])
@@ -99,19 +108,26 @@ def consensus(seen: Sightings) -> Consensus:
     return Consensus(time, genes.pace, varies, of_clock.nan_to_num(0.0, posinf=0.0))
 
 
-def paced(seen: Sightings, time: Tensor, genes: Pace) -> Pace:
-    """One step of expectation maximisation of the genes, the time of the cells (N,) given."""
-    weight, variance = _followed(seen, time, genes)
+def paced(seen: Sightings, time: Tensor, genes: Pace, *, apart: bool = False) -> Pace:
+    """One step of expectation maximisation of the genes, the time of the cells (N,) given.
+
+    With `apart` the two states have onsets of their own, and cells at the ends of a state are left out.
+    """
+    weight, variance = _followed(seen, time, genes, inside=apart)
     information = weight / variance
-    total = information.sum((0, 2))
-    middle = (information * time[:, None, None]).sum((0, 2)) / total
-    own_middle = (information * seen.time).sum((0, 2)) / total
-    off = time[:, None, None] - middle[:, None]
-    pace = (information * off * (seen.time - own_middle[:, None])).sum((0, 2)) / (information * off**2).sum((0, 2))
+    over = (0,) if apart else (0, 2)
+    total = information.sum(over, keepdim=True)
+    at = time[:, None, None]
+    middle, own_middle = (
+        ((information * each).sum(over, keepdim=True) / total).nan_to_num(0.0) for each in (at, seen.time)
+    )
+    off = at - middle
+    pace = (information * off * (seen.time - own_middle)).sum((0, 2)) / (information * off**2).sum((0, 2))
     pace = pace.nan_to_num(1.0).clamp(*PACES)
-    onset = (middle - own_middle / pace).nan_to_num(0.0)
+    # A state that no cell is in has the onset of before.
+    onset = torch.where(total > 0, middle - own_middle / pace[:, None], genes.onset)[0]
     # What is left is the gene's own deviation and an error of known variance: the first's expectation.
-    miss = seen.time - pace[:, None] * (time[:, None, None] - onset[:, None])
+    miss = seen.time - pace[:, None] * (at - onset)
     share = genes.scatter[:, None] ** 2 / variance
     expected = share**2 * miss**2 + genes.scatter[:, None] ** 2 * (1 - share)
     scatter = ((weight * expected).sum((0, 2)) / weight.sum((0, 2))).sqrt().nan_to_num(START_SCATTER)
@@ -137,12 +153,21 @@ def in_unit(time: Tensor) -> Tensor:
     return T_MAX / 2 + stretch * off
 
 
-def variation(information: Tensor, own: Tensor, time: Tensor) -> Tensor:
-    """The sd of the pace of times `own` (N, G) against `time` (N,), in units of its mean: (G,).
+def error_of_unit(time: Tensor) -> Tensor:
+    r"""The sd of the stretch of `in_unit`, from how far cells are from uniform.
 
-    The times of neighbouring cells go astray together, as curves do that have the wrong shape. So errors of the mean
-    pace do not average out over cells, and are taken to be as large as the pace's own differences between `WINDOWS` of
-    equal `information` (N, G). Infinite where there is too little of that.
+    Of N cells that are uniform, ranks are off by a Brownian bridge. The slope that it has against time has the variance
+    1/(5N), and what is left of it around that slope the mean square 1/(15N): a third.
+    """
+    return (3 * (T_MAX * _ranks(time) - time).square().mean()).sqrt() / T_MAX
+
+
+def variation(information: Tensor, own: Tensor, time: Tensor) -> Tensor:
+    """The error (sd) of the pace of times `own` (N, G) against `time` (N,), in units of it: (G,).
+
+    The times of neighbouring cells go astray together, as curves do that have the wrong shape. So errors of the pace
+    do not average out over cells, but over `WINDOWS` of equal `information` (N, G), in which the pace is compared.
+    Infinite where there is too little of that.
     """
     order = time.argsort(stable=True)
     information, own, time = information[order], own[order].nan_to_num(0.0), time[order, None]
@@ -153,7 +178,7 @@ def variation(information: Tensor, own: Tensor, time: Tensor) -> Tensor:
     steps, own_steps = (sums[1:] / sums[0]).diff(dim=1)
     length = steps / steps.sum(0)
     mean = (length * own_steps / steps).sum(0)
-    spread = (length * (own_steps / steps - mean) ** 2).sum(0) * (WINDOWS - 1) / (WINDOWS - 2)
+    spread = (length * (own_steps / steps - mean) ** 2).sum(0) / (WINDOWS - 2)
     error = 1 / (information * (time - time.mean()) ** 2).sum(0)
     found = torch.where(mean > 0, (spread + error).sqrt() / mean, math.inf)
     return found.nan_to_num(math.inf, posinf=math.inf)
@@ -166,11 +191,17 @@ def _influence(information: Tensor, genes: Pace) -> Tensor:
     return ((own * share).sum(0) / own.sum(0)).nan_to_num(0.0)
 
 
-def _followed(seen: Sightings, time: Tensor, genes: Pace) -> tuple[Tensor, Tensor]:
-    """How probable it is that a gene is in a state and follows the clock, and the variance of its time then."""
+def _followed(seen: Sightings, time: Tensor, genes: Pace, *, inside: bool = False) -> tuple[Tensor, Tensor]:
+    """How probable it is that a gene is in a state and follows the clock, and the variance of its time then.
+
+    `inside`: as far as it is an sd from the state's ends.
+    """
     density, variance = _density(seen, time[:, None, None], genes)
-    expected = genes.pace[:, None] * (time[:, None, None] - genes.onset[:, None])
+    expected = genes.pace[:, None] * (time[:, None, None] - genes.onset)
     within = (expected > 0) & (expected < REACH * T_MAX)
+    if inside:
+        error = seen.precision.clamp_min(VAGUE).rsqrt()
+        within = within & (expected > seen.low + error) & (expected < seen.high - error)
     return within * seen.probability * density / (density + ASTRAY / T_MAX), variance
 
 
@@ -183,7 +214,7 @@ def _log_density(seen: Sightings, time: Tensor, genes: Pace) -> Tensor:
 def _density(seen: Sightings, time: Tensor, genes: Pace) -> tuple[Tensor, Tensor]:
     """Of the genes' times under the clock, and their variances, (N, G, 2)."""
     variance = 1 / seen.precision.clamp_min(VAGUE) + genes.scatter[:, None] ** 2
-    miss = seen.time - (genes.pace[:, None] * (time - genes.onset[:, None])).clamp(0, T_MAX)
+    miss = seen.time - (genes.pace[:, None] * (time - genes.onset)).clamp(0, T_MAX)
     return torch.exp(-0.5 * miss**2 / variance) * (2 * math.pi * variance).rsqrt(), variance
 
 

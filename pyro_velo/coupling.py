@@ -42,8 +42,10 @@ from pyro_velo.batch import Batch
 from pyro_velo.coupled_rates import CoupledRates, Covariance, Genes, bends, bent
 from pyro_velo.disk import AnyCells
 from pyro_velo.guides import AmortizedProgram
+from pyro_velo.kinetics import T_MAX
 from pyro_velo.posterior import posterior_of_states
 from pyro_velo.rates import AutoPerGene
+from pyro_velo.rescaled_rates import POWERS
 from pyro_velo.times import ClockProgram
 from pyro_velo.train import Fitted, split
 
@@ -59,6 +61,10 @@ PAIRS = 4
 """Draws of rates and warps, each with its mirror image, that a bound is the mean of."""
 CLOCKS, BETTER = 100, 1.0
 """Times, equally far apart, at which every cell is looked for, and by how many nats one must be better than its own."""
+BY_CHANCE = 1e-3
+"""How probable the narrowest gap is among uniform cells at which a clock may be turned."""
+EDGE, LATEST = 1e-4, 0.99
+"""Shares of the clock: how near to its ends a cell is put, and the latest switching time, when it is turned."""
 CELLS_GENES_AT_ONCE = 128 * 1024
 LARGEST_STEP, LARGEST_STEPS = 0.3, 3.0
 """Of the clock in a round, in sds of its prior; and of rates, in their own."""
@@ -147,6 +153,12 @@ class Search:
         """
         self.seek()
         best, kept, climbed = self.bound(), self._state(), False
+        if self.turn():
+            self.seek()
+            found = self.bound()
+            if found > best:
+                best, kept, climbed = found, self._state(), True
+            self.x, self.place, self.root, self.covariance = kept
         hidden = None if progress is None else not progress
         for _ in tqdm(range(LOOKS), desc="coupling", disable=hidden, leave=False):
             found = self._after_rounds()
@@ -180,6 +192,37 @@ class Search:
                 nearest = there[best, torch.arange(len(best))]
                 found[batch.index] = torch.where(gain[:, None] > BETTER, nearest, here)
         self.place = found
+
+    def turn(self) -> bool:
+        """Turn the clock to where no cell stands, and stretch it: whether there is a gap that chance does not leave.
+
+        Where cells at the one end of time are taken for the other, one by one they have no way back: all others' rates
+        and onsets have moved into the room that they left.
+        """
+        time = T_MAX * torch.special.ndtr(self.place[:, 0])
+        ordered = time.sort().values
+        gap, below = ordered.diff().max(0)
+        # Of N cells that are uniform the widest gap is wider than this with a probability of `BY_CHANCE`.
+        if gap < T_MAX * math.log(len(time) / BY_CHANCE) / len(time):
+            return False
+        start = ordered[below + 1]
+        stretch = T_MAX / (T_MAX - gap)
+        turned = stretch * torch.remainder(time - start, T_MAX) / T_MAX
+        # Genes come on among most of the cells.
+        onset = T_MAX - start if 2 * (below + 1) > len(time) else -start
+        x = self.x.clone()
+        for k, (name, each) in enumerate(self.genes.coupled.items()):
+            value = each.transform(self.x[:, k])
+            if name == "onset":
+                value = stretch * (value + onset)
+            elif name in POWERS:
+                value = value * stretch ** -POWERS[name]
+            if name == "switch_time":
+                value = value.clamp_max(LATEST * T_MAX)
+            x[:, k] = each.transform.inv(value)
+        self.x, self.covariance, self.place = x, None, self.place.clone()
+        self.place[:, 0] = torch.special.ndtri(turned.clamp(EDGE, 1 - EDGE))
+        return True
 
     def _log_joint(self, place: Tensor, batch: Batch) -> Tensor:
         """Log p(u, s, place) of cells at the means of the rates, (B,) float64."""

@@ -11,6 +11,7 @@ which is the Fisher information, its nuisance projected off (Cox and Reid 1987).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +21,12 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_velo.batch import Batch
-from pyro_velo.consensus import Sightings
+from pyro_velo.consensus import VAGUE, Sightings
 from pyro_velo.disk import AnyCells
-from pyro_velo.kinetics import Rates
+from pyro_velo.kinetics import T_MAX, Rates
 from pyro_velo.likelihoods import QuickStudentT
-from pyro_velo.models.velocity import C_K, RATES, VelocityProgram
-from pyro_velo.posterior import posterior_of_states
+from pyro_velo.models.velocity import C_K, RATES, Given, VelocityProgram
+from pyro_velo.posterior import of_draw, posterior_of_states
 from pyro_velo.times import Timed
 from pyro_velo.train import Fitted
 
@@ -62,7 +63,8 @@ def looked_at(
     """The cells at `index` and the logarithms of `sites`, at the means of q(z) and gene-level sites at `values`."""
     size = max(1, CELLS_GENES_AT_ONCE // cells.n_genes)
     parts = [_look(fitted, batch, values, sites) for batch in cells.batches(index, size)]
-    seen = Sightings(*(torch.cat(each) for each in zip(*(part.seen for part in parts), strict=True)))
+    time, precision, probability = (torch.cat(each) for each in zip(*(part.seen[:3] for part in parts), strict=True))
+    seen = parts[0].seen._replace(time=time, precision=precision, probability=probability)
     information = torch.stack([part.information for part in parts]).sum(0)
     return Looked(seen, information)
 
@@ -74,7 +76,9 @@ def _look(fitted: Fitted, batch: Batch, values: Mapping[str, Tensor], sites: Seq
     drawn = poutine.trace(guide.cells).get_trace(batch, dist.Delta(z, event_dim=1))
     values = {**values, "z": z, "pi": drawn.nodes["pi"]["value"]}
     timed = program.times(batch.conditioned(program.of_kinetics(z.squeeze(-2))), values["switch_time"], values)
-    probability, _ = posterior_of_states(program.explain_at(timed, values, batch).log_joint)
+    probability, _ = posterior_of_states(program.explain_at(timed, values, batch, of_draw(program, values)).log_joint)
+    equal = Given(log_weights=(torch.zeros_like(batch.u),) * len(C_K))
+    fits = program.explain_at(timed, values, batch, equal).log_joint
     here = curves(program, timed, values, batch)
     slopes = _slopes(program, timed, values, batch)
     responses = [_responses(program, timed, values, batch, name) for name in sites]
@@ -92,8 +96,24 @@ def _look(fitted: Fitted, batch: Batch, values: Mapping[str, Tensor], sites: Seq
         j = (j * weight.sqrt()[..., None]).double().flatten(0, 1).permute(1, 2, 0)
         information = information + j @ j.mT
     time = torch.stack((timed.on, values["switch_time"] + timed.off), -1)
-    seen = Sightings(time, torch.stack(precision, -1), torch.stack([probability[k] for k in ON_THE_WAY], -1))
-    return Looked(seen, information)
+    known, switch = torch.stack(precision, -1), values["switch_time"]
+    low, high = (
+        torch.stack(ends, -1)
+        for ends in ((torch.zeros_like(switch), switch), (switch, torch.full_like(switch, math.inf)))
+    )
+    return Looked(Sightings(time, known, _of_times(fits, known), low, high), information)
+
+
+def _of_times(fits: Sequence[Tensor], precision: Tensor) -> Tensor:
+    """How probable the states on the way are (B, G, 2), their times not held at where they fit best (Laplace).
+
+    `fits`: each state's log p(u, s) there. A gene that is silent is as well before its rise, in a short time, as at any
+    late time. States are as likely as under their prior: the encoder's own weights have seen these molecules already.
+    """
+    width = ((2 * math.pi / precision.clamp_min(VAGUE)).sqrt() / T_MAX).clamp_max(1)
+    on, off = (fits[k] + width[..., i].log() for i, k in enumerate(ON_THE_WAY))
+    probability, _ = posterior_of_states((on, fits[1], off, fits[3]))
+    return torch.stack([probability[k] for k in ON_THE_WAY], -1)
 
 
 def curves(program: VelocityProgram, timed: Timed, values: Mapping[str, Tensor], batch: Batch) -> list[Curve]:

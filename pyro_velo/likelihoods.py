@@ -74,8 +74,8 @@ class Tobit(Likelihood):
     r"""$x = \max(0, x^*)$ of a Normal $x^*$, on the same layers: a zero says that $x^* \le 0$ (Tobin 1958).
 
     Abundances can't be negative, and where a gene is silent half of its noise would be: taken for their very values,
-    such zeros, and what noise is left above them, pull a gene's curve off its asymptote and its rates with it. Cells
-    that express nothing then say little of their time, which wants a clock that genes share.
+    such zeros, and what noise is left above them, pull a gene's curve off its asymptote and its rates with it. It is
+    the default. A cell in which a gene is silent says little of its time in that gene.
     """
 
     parameters = ("noise",)

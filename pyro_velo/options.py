@@ -54,7 +54,7 @@ class FitOptions:
     report: Path | None = None
     overwrite: bool = False
     nuclei: bool = False
-    likelihood: LikelihoodName = "normal"
+    likelihood: LikelihoodName = "tobit"
     states: StatesName = "collapsed"
     rates: RatesName = "mean-field"
     times: TimesName = "per-gene"

@@ -1,13 +1,14 @@
 r"""What the posterior says of every cell and gene, streamed: never draws x cells x genes, but a batch of cells at once.
 
-A draw takes the rates once for all cells, then z and pi of each cell from the guide. Given these, the state has the
-exact posterior $p(k \mid u, s) \propto \pi_k\, p(u \mid k)\, p(s \mid k)$.
+A draw takes the rates once for all cells, then z and pi of each cell from the guide, or of pi its mean where the family
+of the states draws none. Given these, the state has the exact posterior
+$p(k \mid u, s) \propto \pi_k\, p(u \mid k)\, p(s \mid k)$.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
@@ -276,8 +277,11 @@ def _take(
     `how`: as which share (G,), and by which uniform numbers (B, G), moved on by how much (G,), states are drawn.
     """
     share, place, turn = how
-    weights = None if "pi" in values else program.recipe.states.weights_of(guide.state_outputs(values["z"], batch))
-    explained = program.explain(values, batch, Given(landmarks, weights))
+    if "pi" in values:
+        given = of_draw(program, values)
+    else:
+        given = Given(log_weights=program.recipe.states.weights_of(guide.state_outputs(values["z"], batch)))
+    explained = program.explain(values, batch, given._replace(landmarks=landmarks))
     probability, log_likelihood = posterior_of_states(explained.log_joint)
     if over_states == "most likely" or program.recipe.states.hard:
         weights = most_likely(probability)
@@ -292,6 +296,11 @@ def _take(
         mean[name].add_(step)
         if name in squares:
             squares[name].add_(gap.mul_(gap - step))
+
+
+def of_draw(program: VelocityProgram, values: Mapping[str, Tensor]) -> Given:
+    """What `explain` takes for the probabilities of the states, where it tells of a draw and is no bound."""
+    return Given(log_weights=program.recipe.states.expected_weights(values["pi"]))
 
 
 def posterior_of_states(log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:

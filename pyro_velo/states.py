@@ -56,12 +56,19 @@ class StateFamily(ABC):
     """Whether `posterior` draws nothing: the network's outputs tell the weights, which `weights_of` gives."""
 
     def weights_of(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        """Where `certain`: each state's log-weights (B, G), from the network's outputs (heads, B, G)."""
+        """Where `certain`: each state's `expected_weights` (B, G), from the network's outputs (heads, B, G)."""
         raise NotImplementedError(f"{type(self).__name__} draws its weights.")
 
     @abstractmethod
     def log_weights(self, pi: Tensor) -> Tensor:
         """The mixture's log-weights (4, B, G) that a value of the site stands for."""
+
+    def expected_weights(self, pi: Tensor) -> Tensor:
+        """The log-probabilities (4, B, G) of states, as a value of the site says before the molecules are looked at.
+
+        Where the mixture is a bound its weights are sharper than that.
+        """
+        return self.log_weights(pi)
 
 
 def concentrations(outputs: Tensor) -> Tensor:
@@ -125,15 +132,20 @@ class Collapsed(StateFamily):
     certain = True
 
     def weights_of(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        """E_q[log pi_k], state by state, which is compiled into a single pass."""
+        """Log E_q[pi_k], state by state, which is compiled into a single pass."""
         q = [_positive(each) for each in outputs]
-        of_total = digamma(_total(q))
-        return tuple(digamma(each) - of_total for each in q)
+        of_total = _total(q).log()
+        return tuple(each.log() - of_total for each in q)
 
     def log_weights(self, pi: Tensor) -> Tensor:
         """E_q[log pi_k] = digamma(q_k) - digamma(sum of q)."""
         q = pi.movedim(-1, 0)
         return digamma(q) - digamma(q.sum(0))
+
+    def expected_weights(self, pi: Tensor) -> Tensor:
+        """Log E_q[pi_k]: a state that one cell is in takes nearly all of e^{E_q[log pi]}, and not of this."""
+        q = pi.movedim(-1, 0)
+        return q.log() - q.sum(0).log()
 
 
 def dirichlet_kl(q: Tensor, concentration: float) -> tuple[Tensor, Tensor]:

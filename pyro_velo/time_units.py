@@ -24,7 +24,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
-from pyro_velo.consensus import Consensus, consensus
+from pyro_velo.consensus import WINDOWS, Consensus, consensus
 from pyro_velo.curve_information import Looked, looked_at
 from pyro_velo.disk import AnyCells
 from pyro_velo.guides import AmortizedProgram
@@ -138,12 +138,14 @@ def log_density(program: VelocityProgram, values: dict[str, Tensor], found: Cons
 
 
 def moderated(variation: Tensor) -> Tensor:
-    """Each gene's variation, half its own and half the median's (squared): from a few windows it is not known well.
+    """Each gene's error, half its own and half the median's (squared): from a few windows it is not known well.
 
-    Smyth 2004 (Linear models and empirical Bayes), with as many degrees of freedom before the data as in them. A gene
-    of which too little is known keeps an infinite one.
+    Smyth 2004 (Linear models and empirical Bayes), with as many degrees of freedom before the data as in them: the sd
+    of the t that the pace has then. A gene of which too little is known keeps an infinite one.
     """
     known = variation.isfinite()
     if not known.any():
         return variation
-    return ((variation**2 + variation[known].square().median()) / 2).sqrt()
+    freedom = 2 * (WINDOWS - 2)
+    squared = (variation**2 + variation[known].square().median()) / 2
+    return (squared * freedom / (freedom - 2)).sqrt()

@@ -231,10 +231,10 @@ def test_a_failed_fit_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPa
         return fit(model, *others, **options)
 
     monkeypatch.setattr(comparing, "fit", failing)
-    found = compare({"bad": small("normal"), "good": (MODEL, GUIDE)}, small_adata(), as_is=True, settings=settings())
+    found = compare({"bad": small("tobit"), "good": (MODEL, GUIDE)}, small_adata(), as_is=True, settings=settings())
     bad, good = found.rows
     assert bad.evidence is None and bad.warnings == ("failed: NaN at step 3, gene Sox9.",) and good.evidence is not None
-    assert found.choice == {"scaled layers": "good"}
+    assert found.choice == {"scaled layers, zeros censored": "good"}
     assert json.loads(found.to_json())["groups"][0]["variants"][0]["elbo"] is None
 
 

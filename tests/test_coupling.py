@@ -221,6 +221,47 @@ def test_cells_at_the_wrong_end_of_time_are_brought_back_and_the_others_stay(inf
     assert (search.place[:, 1:] == settled[:, 1:]).all() and after[lost].mean() > before[lost].mean() - 5.0
 
 
+@pytest.mark.parametrize("lost_at", ["end", "start"])
+def test_a_clock_is_turned_to_where_no_cell_stands_and_no_curve_moves(uncoupled: Fit, lost_at: str) -> None:
+    """A few cells stand beyond a gap: they come to the other end, and what is expected of all others stays."""
+    cells, fitted = uncoupled.data.cells, uncoupled.fitted
+    few, gap, n = 5, 6.0, len(cells)
+    batch = cells.batch(torch.arange(n))
+    with fitted.parameters(), pyro.validation_enabled(False), torch.no_grad():
+        search = Search(fitted, cells)
+        order = torch.randperm(n)
+        time = torch.linspace(0.01, 20 - gap - 0.01, n, dtype=torch.float64)
+        time[-few:] += gap
+        time = (time if lost_at == "end" else 20 - time)[order.argsort()]
+        search.place[:, 0] = torch.special.ndtri(time / 20)
+        x = search.x
+
+        def curves() -> Tensor:
+            values = search.genes.values(search.x.float()) | {"z": search._placed(search.place, batch)[:, None]}
+            values["pi"] = torch.ones(*batch.u.shape, 4)
+            means = fitted.program.explain(values, batch)
+            return torch.stack([each[state] for each in (means.u, means.s) for state in (0, 2)])
+
+        before = curves()
+        assert search.turn() and search.covariance is None
+        after, turned = curves(), 20 * torch.special.ndtr(search.place[:, 0])
+        others = time < 20 - gap if lost_at == "end" else time > gap
+        assert others.sum() == n - few
+        # The lost come first where they were last, in the same order, and the clock is full.
+        assert (
+            turned[~others].max() < turned[others].min()
+            if lost_at == "end"
+            else turned[~others].min() > turned[others].max()
+        )
+        assert turned.sort().values.diff().max() < 0.3
+        torch.testing.assert_close(after[:, others], before[:, others], rtol=2e-3, atol=2e-3)
+        faster = list(search.genes.coupled).index("beta")
+        slope = search.x[:, faster] - x[:, faster]
+        torch.testing.assert_close(slope, torch.full_like(slope, np.log((20 - gap) / 20)), rtol=0.02, atol=0)
+        # A full clock stays.
+        assert not search.turn()
+
+
 def test_the_prior_is_the_models(double: None, alone: Fitted) -> None:
     with alone.parameters():
         genes = Genes(alone.program, alone.guide.rates.marginals())

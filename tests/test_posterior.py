@@ -51,7 +51,7 @@ def all_at_once(fitted, cells, over_states, seed=0):
         for given in rates:
             trace = poutine.trace(pyro.condition(fitted.guide, data=given)).get_trace(batch)
             values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
-            explained = fitted.program.explain(values, batch)
+            explained = fitted.program.explain(values, batch, module.of_draw(fitted.program, values))
             log_joint = torch.stack(explained.log_joint)
             p = torch.softmax(log_joint, 0)
             state = p.argmax(0)

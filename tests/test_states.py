@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -167,6 +168,24 @@ def test_weights_of_probabilities_sum_to_one_and_of_bounds_to_less(make: type[St
         assert_close(total, 0.0)
     else:
         assert (total < -1e-3).all()
+
+
+@everyone
+def test_expected_weights_are_probabilities_before_the_molecules_are_looked_at(
+    make: type[StateFamily], double: None
+) -> None:
+    family = make()
+    outputs = some_outputs(family)
+    pi = poutine.trace(family.posterior).get_trace(outputs).nodes["pi"]["value"]
+    found = family.expected_weights(pi)
+    if family.hard:
+        # Of which the largest counts, and no scale.
+        found = found + math.log(K)
+    assert_close(found.logsumexp(0), 0.0)
+    if make is Collapsed:
+        expected = dist.Dirichlet(pi).mean.movedim(-1, 0)
+        assert_close(found.exp(), expected)
+        assert (found.amax(0) < (family.log_weights(pi) - family.log_weights(pi).logsumexp(0)).amax(0)).all()
 
 
 @everyone

@@ -19,7 +19,7 @@ from torch import Tensor
 import pyro_velo as pv
 from pyro_velo import time_units
 from pyro_velo.consensus import Consensus, Sightings
-from pyro_velo.curve_information import Looked, looked_at
+from pyro_velo.curve_information import Looked, _of_times, looked_at
 from pyro_velo.fitting import Fit
 from pyro_velo.kinetics import T_MAX
 from pyro_velo.posterior import draw_rates
@@ -83,9 +83,21 @@ def test_cells_tell_nothing_of_the_unit(before: Fitted) -> None:
     largest = torch.linalg.eigvalsh(information)[:, -1]
     along = torch.einsum("i,gij,j->g", powers, information, powers)
     assert (along >= -1e-9 * largest).all() and (along < 1e-3 * largest).all()
+    assert ((seen.low <= seen.time) & (seen.time <= seen.high)).all()
     # Of the ratio of gamma and beta they do.
     ratio = torch.tensor([0.0, -1.0, 1.0, 0.0], dtype=torch.float64)
     assert (torch.einsum("i,gij,j->g", ratio, information, ratio) > 1e-2 * largest).all()
+
+
+def test_a_silent_gene_is_in_the_state_whose_times_it_fits_longest() -> None:
+    fits = tuple(torch.full((3, 2), value) for value in (-1.0, -math.inf, -1.0, -math.inf))
+    sd = torch.tensor([[0.2, 2.0], [1.0, 1.0], [0.2, math.inf]])
+    found = _of_times(fits, (sd**-2)[:, None].expand(3, 2, 2))
+    width = (math.sqrt(2 * math.pi) * sd / T_MAX).clamp_max(1)
+    assert_close(found[:, 0], width / width.sum(-1, keepdim=True), slack=10)
+    # A gene that is as well empty has all times for that.
+    found = _of_times((*fits[:3], fits[0]), (sd**-2)[:, None].expand(3, 2, 2))
+    assert_close(found[:, 0], width / (1 + width.sum(-1, keepdim=True)), slack=10)
 
 
 def silent(n_genes: int) -> Consensus:
@@ -110,7 +122,8 @@ def test_without_a_clock_the_unit_has_the_priors_density(before: Fitted) -> None
 
 def test_a_clock_that_is_sure_decides(before: Fitted) -> None:
     pace = torch.tensor([0.8, 0.9, 1.0, 1.1, 1.2])
-    told = silent(5)._replace(pace=pace, variation=torch.full((5,), 0.02))
+    # An sd of .02, of a t of eight degrees of freedom, two times four.
+    told = silent(5)._replace(pace=pace, variation=torch.full((5,), 0.02 / math.sqrt(8 / 6)))
     with before.parameters(), torch.no_grad(), pyro.validation_enabled(False):
         values = medians(before, small_cells())
         # Early enough that no prior's end is near.
@@ -129,8 +142,8 @@ def test_quantiles_of_a_grid_are_those_of_its_density() -> None:
         assert_close(units.at(torch.full((2,), level)), expected, slack=3e3)
 
 
-def test_half_of_a_variation_is_the_median_genes() -> None:
-    found = moderated(torch.tensor([0.0, 0.1, 0.3, math.inf]))
+def test_half_of_an_error_is_the_median_genes() -> None:
+    found = moderated(torch.tensor([0.0, 0.1, 0.3, math.inf])) / math.sqrt(8 / 6)
     assert_close(found, torch.tensor([0.005**0.5, 0.1, 0.05**0.5, math.inf]))
     assert moderated(torch.full((2,), math.inf)).isinf().all()
 
@@ -175,7 +188,7 @@ INFORMATION = torch.tensor([400.0, 100.0, 25.0, 900.0], dtype=torch.float64)
 
 def test_a_shape_is_known_as_well_as_cells_and_priors_tell() -> None:
     empty, values = torch.zeros(600, 2, 2), {name: torch.ones(2) for name in SITES}
-    seen = Looked(Sightings(empty, empty, empty), torch.diag(INFORMATION).expand(2, 4, 4))
+    seen = Looked(Sightings(empty, empty, empty, empty[0], empty[0]), torch.diag(INFORMATION).expand(2, 4, 4))
     others = [0, 2, 3]
     for n_cells, prior in ((600, 1.0), (600, 100.0), (1200, 1.0)):
         root = shape_of(seen, n_cells, torch.full((2, 4), prior), values, SITES).root

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_velo.batch import Batch, Cells
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import conditions
-from pyro_velo.posterior import CELLS_GENES_AT_ONCE, cells_of, check_draws, draw_rates, state_weights
+from pyro_velo.posterior import CELLS_GENES_AT_ONCE, cells_of, check_draws, draw_rates, of_draw, state_weights
 from pyro_velo.train import Fitted
 
 Array = NDArray[np.float64]
@@ -164,7 +164,7 @@ class _Errors:
         mean, log_density = torch.zeros_like(batch.molecules), torch.zeros_like(batch.u)
         for shared in self.rates:
             values = draw(shared)
-            explained = program.explain(values, batch)
+            explained = program.explain(values, batch, of_draw(program, values))
             weights, explained_density = state_weights(program, explained.log_joint)
             log_density += explained_density / len(self.rates)
             for weight, u, s in zip(weights, explained.u, explained.s, strict=True):

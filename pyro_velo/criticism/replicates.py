@@ -26,6 +26,7 @@ from pyro_velo.posterior import (
     check_draws,
     draw_rates,
     equal_parts,
+    of_draw,
     over,
     state_weights,
 )
@@ -163,7 +164,7 @@ def _drawn(
 
 def _replicate(program: VelocityProgram, values: dict[str, Tensor], batch: Batch) -> Tensor:
     """New molecules (2, B, G) of the same cells, each gene in a state of its posterior."""
-    explained = program.explain(values, batch)
+    explained = program.explain(values, batch, of_draw(program, values))
     probability = state_weights(program, explained.log_joint)[0]
     passed = torch.stack(probability).cumsum(0) < torch.rand_like(probability[0])
     # Rounding may leave the last sum below 1.

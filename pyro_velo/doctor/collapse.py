@@ -22,6 +22,7 @@ from pyro_velo.doctor import draws as taken
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import computed_sites, conditions
 from pyro_velo.models.velocity import VelocityProgram
+from pyro_velo.posterior import of_draw
 from pyro_velo.train import Fitted, split
 
 Array = NDArray[np.float64]
@@ -197,6 +198,7 @@ def state_use(fitted: Fitted, cells: Data, *, seed: int = 0) -> StateUse | None:
             for _ in range(DRAWS):
                 drawn = taken.draw(fitted, batch)
                 latent = {n: s["value"] for n, s in taken.sites(drawn.program) if not s["is_observed"]}
-                log_joint = torch.stack(torch.broadcast_tensors(*fitted.program.explain(latent, batch).log_joint))
+                explained = fitted.program.explain(latent, batch, of_draw(fitted.program, latent))
+                log_joint = torch.stack(torch.broadcast_tensors(*explained.log_joint))
                 total = total + log_joint.softmax(0).sum(1, dtype=torch.float64) / (DRAWS * len(index))
     return StateUse(total.cpu().numpy())

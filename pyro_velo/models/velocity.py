@@ -29,7 +29,7 @@ from pyro_velo.errors import InputError
 from pyro_velo.initial import Initialisation, Start, SteadyState
 from pyro_velo.kinetics import Rates, repression, velocity
 from pyro_velo.library import Known, Library, rough
-from pyro_velo.likelihoods import Likelihood, Normal
+from pyro_velo.likelihoods import Likelihood, Tobit
 from pyro_velo.mixture import JointMixture, ScoredMolecules
 from pyro_velo.models.base import Model
 from pyro_velo.ordering import by_phase, curves_along, rough_order
@@ -65,7 +65,7 @@ class Given(NamedTuple):
     """What `explain` need not compute: the genes' landmarks, and the states' log-weights, (B, G) each, without `pi`."""
 
     landmarks: Landmarks | None = None
-    log_weights: tuple[Tensor, ...] | None = None
+    log_weights: Sequence[Tensor] | Tensor | None = None
 
 
 class Explained(NamedTuple):
@@ -109,7 +109,7 @@ class VelocityModel(Model):
     0.5
     """
 
-    likelihood: Likelihood = field(default_factory=Normal)
+    likelihood: Likelihood = field(default_factory=Tobit)
     priors: Priors = field(default_factory=Priors)
     states: StateFamily = field(default_factory=Collapsed)
     times: Times = field(default_factory=PerGene)
@@ -379,7 +379,7 @@ class VelocityProgram(nn.Module):
         rates, given = Rates(*(values[name] for name in RATES)), given or Given()
         means = self.means(rates, values, timed, given.landmarks or self.landmarks(rates, values))
         (u_on, _, u_off, _), (s_on, _, s_off, _) = means
-        weights = given.log_weights or self.recipe.states.log_weights(values["pi"])
+        weights = self.recipe.states.log_weights(values["pi"]) if given.log_weights is None else given.log_weights
         return Explained(
             self.log_joint(self.by_state(weights, timed), means, values, batch),
             *means,
