@@ -11,6 +11,7 @@ References: La Manno et al. 2018 (the ODE); Bergen et al. 2020, eq. 6-9; Gayoso 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import factorial
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from pyro_velo.compiled import once
 
 T_MAX = 20.0
 """The latest latent time (veloVI's convention); rates are per unit of it."""
+
+POWERS: Mapping[str, int] = {"alpha": 1, "beta": 1, "gamma": 1, "alpha_1": 1, "ramp": 1, "switch_time": -1}
+"""Of 1/time, in what a gene's curve is told by, by the names of its sites: what a change of the unit does to each."""
 
 
 class Rates(NamedTuple):

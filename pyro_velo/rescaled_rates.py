@@ -23,9 +23,7 @@ from torch import Tensor
 
 from pyro_velo.batch import Batch
 from pyro_velo.guides import TIME_UNIT
-
-POWERS: Mapping[str, int] = {"alpha": 1, "beta": 1, "gamma": 1, "alpha_1": 1, "ramp": 1, "switch_time": -1}
-"""How the gene-level sites follow lambda: 1/time, or time."""
+from pyro_velo.kinetics import POWERS
 
 
 class Marginal(NamedTuple):

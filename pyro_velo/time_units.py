@@ -28,8 +28,9 @@ from pyro_velo.consensus import WINDOWS, Consensus, consensus
 from pyro_velo.curve_information import Looked, looked_at
 from pyro_velo.disk import AnyCells
 from pyro_velo.guides import AmortizedProgram
+from pyro_velo.kinetics import POWERS
 from pyro_velo.models.velocity import VelocityProgram
-from pyro_velo.rescaled_rates import POWERS, Marginal, RescaledRates, Shape
+from pyro_velo.rescaled_rates import Marginal, RescaledRates, Shape
 from pyro_velo.times import PerGene
 from pyro_velo.train import Fitted, split
 

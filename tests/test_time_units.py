@@ -21,9 +21,9 @@ from pyro_velo import time_units
 from pyro_velo.consensus import Consensus, Sightings
 from pyro_velo.curve_information import Looked, _of_times, looked_at
 from pyro_velo.fitting import Fit
-from pyro_velo.kinetics import T_MAX
+from pyro_velo.kinetics import POWERS, T_MAX
 from pyro_velo.posterior import draw_rates
-from pyro_velo.rescaled_rates import POWERS, Marginal, RescaledRates
+from pyro_velo.rescaled_rates import Marginal, RescaledRates
 from pyro_velo.time_units import (
     LAMBDAS,
     applies,
