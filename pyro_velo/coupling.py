@@ -148,29 +148,36 @@ class Search:
     def climb(self, progress: bool | None = None) -> bool:
         """Rounds from where the bound is highest, until short ones do not raise it either: whether that is elsewhere.
 
-        The covariance that is left is that at the means.
+        If there is a gap in the clock then, it is turned, and the higher one of the two is taken. The covariance that
+        is left is that at the means.
         """
         self.seek()
-        best, kept, climbed = self.bound(), self._state(), False
+        start = self.bound()
+        best, kept = self._ascend(start, progress), self._state()
         if self.turn():
+            self.stride = STRIDE
             self.seek()
-            found = self.bound()
+            found = self._ascend(self.bound(), progress)
             if found > best:
-                best, kept, climbed = found, self._state(), True
+                best, kept = found, self._state()
             self.x, self.place, self.root, self.covariance = kept
-        hidden = None if progress is None else not progress
+        if best > start:
+            self.covariance = self._at_means().covariance()
+        return best > start
+
+    def _ascend(self, best: float, progress: bool | None) -> float:
+        """The highest bound that rounds lead to, where they leave the search."""
+        kept, hidden = self._state(), None if progress is None else not progress
         for _ in tqdm(range(LOOKS), desc="coupling", disable=hidden, leave=False):
             found = self._after_rounds()
             if not found - best > ENOUGH * len(self.cells):
                 self.stride /= 2
             if found > best:
-                best, kept, climbed = found, self._state(), True
+                best, kept = found, self._state()
             self.x, self.place, self.root, self.covariance = kept
             if self.stride < SHORTEST:
                 break
-        if climbed:
-            self.covariance = self._at_means().covariance()
-        return climbed
+        return best
 
     def seek(self) -> None:
         """Put cells whose genes say, at the means of their rates, that they are elsewhere in time there.

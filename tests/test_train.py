@@ -182,7 +182,7 @@ def objective_of(fit, parameters, cells, plan):
 @pytest.mark.parametrize("changes", SCHEDULES.values(), ids=SCHEDULES)
 def test_looks_are_compared_by_what_the_schedule_ends_with(changes):
     """A phase of low weight has the better reconstruction, and another look the better ELBO: neither is kept."""
-    cells, plan = small_cells(), settings(held_out=0.4, max_epochs=12, learning_rate=0.05, patience=99, **changes)
+    cells, plan = small_cells(), settings(held_out=0.4, max_epochs=14, learning_rate=0.05, patience=99, **changes)
     states: list[Training] = []
     fit = small_fit(cells, settings=plan, on_evaluation=states.append)
     history = fit.training.history
@@ -387,7 +387,7 @@ def test_ctrl_c_in_the_middle_of_an_epoch_forgets_its_steps(fitted):
     """By a signal, as a terminal sends it, out of the program itself: the state is that of the last evaluation."""
     calls = 0
 
-    class Interrupting(pv.likelihoods.Normal):
+    class Interrupting(pv.likelihoods.Tobit):
         def __call__(self, *arguments):
             nonlocal calls
             calls += 1
