@@ -19,6 +19,7 @@ from pyro_velo.data.bridge import (
     VelocityData,
     gene_columns,
     noted,
+    reliability,
     spread,
     stacked,
     unit_of,
@@ -234,14 +235,15 @@ def _write_arrows(file: Stored, into: Any, cosines: Any) -> None:
 def _mean_rank(results: _Results, log_likelihood: Array) -> NDArray[np.float64]:
     """The mean rank over genes of the latent time, as `bridge.latent_time`, each rank among evenly spaced cells."""
     ordered = np.sort(np.concatenate(results.times), axis=0)
-    weights = np.exp(log_likelihood - log_likelihood.max())
-    weights, mean = weights / weights.sum(), np.empty(len(results.cells))
+    weights, mean = np.exp(log_likelihood - log_likelihood.max()), np.empty(len(results.cells))
+    scatter = ordered.std(axis=0)
     for start in range(0, len(mean), results.rows):
         rows = slice(start, start + results.rows)
-        t = results.layers["t"][rows][:, results.data.genes]
-        mean[rows] = 0
-        for weight, known, each in zip(weights, ordered.T, t.T, strict=True):
+        t, t_sd = (results.layers[name][rows][:, results.data.genes] for name in ("t", "t_sd"))
+        weight, total = weights * reliability(t_sd, scatter), np.zeros(len(t))
+        for own, known, each in zip(weight.T, ordered.T, t.T, strict=True):
             # Cells of one time share the rank in their middle.
-            mean[rows] += weight * (np.searchsorted(known, each) + np.searchsorted(known, each, side="right")) / 2
+            total += own * (np.searchsorted(known, each) + np.searchsorted(known, each, side="right")) / 2
+        mean[rows] = total / weight.sum(1)
     span = np.ptp(mean)
     return (mean - mean.min()) / span if span > 0 else np.zeros_like(mean)

@@ -301,7 +301,17 @@ def test_only_the_cells_and_genes_that_were_fitted_are_the_same(data):
 def test_latent_time_ranks_cells_and_trusts_genes_that_fit():
     t = np.linspace(0, 20, 50, dtype=np.float32)
     both = np.column_stack([t, t**2])
-    assert_allclose(latent_time(both, np.zeros(2)), np.linspace(0, 1, 50), atol=1e-6)
+    sure = np.zeros_like(both)
+    assert_allclose(latent_time(both, sure, np.zeros(2)), np.linspace(0, 1, 50), atol=1e-6)
     against = np.column_stack([t, t[::-1]])
-    assert_allclose(latent_time(against, np.array([0.0, -100.0])), np.linspace(0, 1, 50), atol=1e-6)
-    assert_array_equal(latent_time(np.zeros((1, 2), np.float32), np.zeros(2)), [0.0])
+    assert_allclose(latent_time(against, sure, np.array([0.0, -100.0])), np.linspace(0, 1, 50), atol=1e-6)
+    assert_array_equal(latent_time(np.zeros((1, 2), np.float32), np.zeros((1, 2)), np.zeros(2)), [0.0])
+    assert_array_equal(latent_time(np.zeros((1, 2), np.float32), np.ones((1, 2)), np.zeros(2)), [0.0])
+    # A gene that does not know when counts for little, and cell by cell.
+    unsure = np.column_stack([np.zeros(50), np.full(50, 1e4)])
+    assert_allclose(latent_time(against, unsure, np.zeros(2)), np.linspace(0, 1, 50), atol=1e-3)
+    lost = np.where(np.arange(50) % 2, t[::-1], t)
+    half = np.where(np.arange(50) % 2, 1e4, 0.0)
+    found = latent_time(np.column_stack([t, lost]), np.column_stack([0 * half, half]), np.zeros(2))
+    assert_allclose(np.argsort(found[::2]), np.arange(25))
+    assert np.corrcoef(found, t)[0, 1] > 0.98

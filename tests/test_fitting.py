@@ -196,8 +196,14 @@ def test_velocities_are_recovered(recovered):
 
 
 def test_latent_times_are_recovered(recovered):
-    truth = np.repeat(recovered.obs[[keys.TRUE_TIME]].to_numpy(), recovered.n_vars, axis=1)
-    assert np.median(metrics.spearman(recovered.layers[keys.FIT_T], truth)) > 0.8
+    time, true_time = recovered.layers[keys.FIT_T], recovered.obs[keys.TRUE_TIME].to_numpy()
+    share = np.maximum(*(recovered.layers[name] / recovered.layers[name].max(0) for name in ("true_u", "true_s")))
+    # Where a gene is next to silent its molecules do not tell before from after.
+    told = [
+        metrics.spearman(time[some, [j]][:, None], true_time[some][:, None])[0]
+        for j, some in enumerate((share > 0.1).T)
+    ]
+    assert np.median(told) > 0.9
     assert metrics.spearman(recovered.obs[[keys.LATENT_TIME]], recovered.obs[[keys.TRUE_TIME]])[0] > 0.8
 
 

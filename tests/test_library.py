@@ -102,7 +102,7 @@ def test_libraries_are_told_from_expression_where_totals_mix_them() -> None:
 
 
 def test_scaled_layers_have_no_library() -> None:
-    with pytest.raises(InputError, match=r"Expected a likelihood of counts.*got Normal\(\).*Use NB\(\)"):
+    with pytest.raises(InputError, match=r"Expected a likelihood of counts.*got Tobit\(\).*Use NB\(\)"):
         replace(MODEL, library=Inferred())
 
 

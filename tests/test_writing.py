@@ -120,7 +120,9 @@ def test_without_neighbours_times_are_ranked(fit, tmp_path, monkeypatch):
     fit.write(tmp_path / "out.h5ad", draws=DRAWS)
     written = pv.read(tmp_path / "out.h5ad")
     genes, found = written.var.velocity_genes.to_numpy(), written.obs.latent_time
-    mean = rankdata(written.layers["fit_t"][:, genes], axis=0) @ (written.var.fit_likelihood[genes] ** 2)
+    times, sd = (written.layers[name][:, genes] for name in ("fit_t", "fit_t_sd"))
+    weight = (written.var.fit_likelihood[genes] ** 2).to_numpy() / (1 + (sd / times.std(axis=0)) ** 2)
+    mean = (rankdata(times, axis=0) * weight).sum(1) / weight.sum(1)
     assert_allclose(found, (mean - mean.min()) / np.ptp(mean), rtol=1e-4)
     monkeypatch.setattr("pyro_velo.writing.RANKED_AGAINST", 45)
     fit.write(tmp_path / "some.h5ad", draws=DRAWS)

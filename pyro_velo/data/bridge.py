@@ -257,7 +257,7 @@ def write_posterior(adata: AnnData, data: VelocityData, posterior: Posterior, *,
     scale, genes = data.scaling, data.genes
     everywhere = {key: spread(getattr(posterior, name), genes, *unit_of(name, scale)) for name, key in LAYER_OF.items()}
     var = gene_columns(of_genes(posterior, data), data)
-    time = latent_time(posterior.t, posterior.log_likelihood)
+    time = latent_time(posterior.t, posterior.t_sd, posterior.log_likelihood)
     states = np.full(adata.shape, keys.NOT_FITTED, np.uint8)
     states[:, genes] = posterior.state
     if adata.is_view:
@@ -351,15 +351,25 @@ def spread(values: Array, genes: NDArray[np.bool_], unit: Any = 1, zero: Any = 0
     return out
 
 
-def latent_time(t: Array, log_likelihood: Array) -> Array:
+def reliability(t_sd: Array, scatter: Array) -> Array:
+    """How far each latent time is known: the share of its gene's variance that is not the time's own error, roughly.
+
+    Shapes: t_sd (..., G), `scatter` (G,), the sd of a gene's times over cells; returns (..., G), in (0, 1].
+    """
+    variance = scatter**2 + np.finfo(np.float32).tiny
+    return variance / (variance + t_sd**2)
+
+
+def latent_time(t: Array, t_sd: Array, log_likelihood: Array) -> Array:
     """One time per cell in [0, 1]: the mean rank over genes of the latent time, genes weighted by their likelihood.
 
     It stands where there is no neighbour graph, along which the velocities themselves order the cells
-    (`embedding.potential`): a cell that a gene has not reached yet looks to that gene as one that has left it. Ranks,
-    because each gene has a clock of its own. Shapes: t (N, G), log_likelihood (G,); returns (N,).
+    (`embedding.potential`). A cell that a gene has not reached yet looks to that gene as one that has left it, and
+    counts there as far as its time is known (`reliability`). Ranks, because each gene has a clock of its own. Shapes:
+    t, t_sd (N, G), log_likelihood (G,); returns (N,).
     """
     ranks = np.argsort(np.argsort(t, axis=0, kind="stable"), axis=0, kind="stable").astype(np.float32)
-    weights = np.exp(log_likelihood - log_likelihood.max())
-    mean = ranks @ (weights / weights.sum())
+    weights = np.exp(log_likelihood - log_likelihood.max()) * reliability(t_sd, t.std(axis=0))
+    mean = (ranks * weights).sum(1) / weights.sum(1)
     spread = np.ptp(mean)
     return (mean - mean.min()) / spread if spread > 0 else np.zeros_like(mean)
