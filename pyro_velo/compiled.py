@@ -16,17 +16,20 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-WORTH_COMPILING = 500_000_000
-"""Elements to go through, below which the 10 to 30 s of compiling cost more than they save (measured on two cores)."""
-
+WORTH_COMPILING = 120_000_000
+"""Elements to go through, below which compiling costs more than it saves (measured on two cores)."""
 
 WORTH_FUSING = 120_000_000
 """Cells x genes x steps, below which compiling what gradients flow through costs more than it saves (on two cores)."""
+
+WORTH_RECORDING = 500
+"""Steps from which recording one pays, where fusing does: with torch's cache on disk it takes some 10 s."""
 
 OPERATIONS_AT_ONCE = 1000
 """What a function may do in one pass over memory: torch's 64 breaks a draw into several, with arrays between them."""
 
 _PAYS: ContextVar[bool] = ContextVar("pays", default=False)
+_RECORDS: ContextVar[bool] = ContextVar("records", default=False)
 
 
 def compiled(function: Callable[..., Result], elements: int, device: torch.device) -> Callable[..., Result]:
@@ -62,6 +65,27 @@ def pays() -> bool:
 
 
 @contextmanager
+def recording() -> Iterator[None]:
+    """Within it, what is done to tensors is recorded and will be compiled: `fusible` functions are as they are."""
+    tokens = _PAYS.set(True), _RECORDS.set(True)
+    try:
+        yield
+    finally:
+        _PAYS.reset(tokens[0])
+        _RECORDS.reset(tokens[1])
+
+
+def worth_recording(steps: int, elements: int, device: torch.device) -> bool:
+    """Whether that pays for whole steps; `elements` as in `fusing`."""
+    return steps >= WORTH_RECORDING and _worth(elements, WORTH_FUSING, device)
+
+
+def compiling() -> bool:
+    """Whether what is done now is compiled, and so one pass over memory."""
+    return torch.compiler.is_compiling() or _RECORDS.get()
+
+
+@contextmanager
 def unfused() -> Iterator[None]:
     """Within it nothing is compiled: for looks at what a fused function does not tell apart."""
     token = _PAYS.set(False)
@@ -85,7 +109,7 @@ def fusible(function: Callable[..., Result], where: Callable[[], bool] = fuses) 
 
     @wraps(function)
     def call(*args: Any) -> Result:
-        if not where():
+        if _RECORDS.get() or not where():
             return function(*args)
         _cells_vary(args)
         return fused()(*args)
@@ -98,13 +122,13 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
 
     Its gradient is a sum over cells; see `summed_to`.
     """
-    wanted = torch.compiler.is_compiling() and torch.is_grad_enabled() and value.ndim == 1
+    wanted = compiling() and torch.is_grad_enabled() and value.ndim == 1
     return _Spread.apply(value, like) if wanted else value
 
 
 def once(value: Tensor) -> Tensor:
     """A gene-level `value` (G,) that is computed once and not for each cell, where it is compiled without gradients."""
-    wanted = torch.compiler.is_compiling() and not torch.is_grad_enabled() and value.ndim == 1
+    wanted = compiling() and not torch.is_grad_enabled() and value.ndim == 1
     # The compiler keeps in memory what is looked at by strides.
     return value.as_strided(value.shape, value.stride()) if wanted else value
 
@@ -114,7 +138,7 @@ def summed_to(shape: torch.Size, value: Tensor) -> Tensor:
 
     A sum over cells would be compiled into a pass gene by gene, across all rows of memory.
     """
-    if torch.compiler.is_compiling() and len(shape) == 1 and value.ndim == 2 and shape[0] == value.shape[1]:
+    if compiling() and len(shape) == 1 and value.ndim == 2 and shape[0] == value.shape[1]:
         return torch.mm(value.new_ones(1, value.shape[0]), value).squeeze(0)
     return value.sum_to_size(shape)
 

@@ -136,8 +136,16 @@ def paced(seen: Sightings, time: Tensor, genes: Pace, *, apart: bool = False) ->
 
 def placed(seen: Sightings, genes: Pace) -> Tensor:
     """The most probable time of each cell (N,) in [0, 20], the genes given."""
-    places = torch.linspace(0, T_MAX, PLACES).to(seen.time)
-    log_p = torch.stack([_log_density(seen, at, genes) for at in places], 1)
+    places, variance = torch.linspace(0, T_MAX, PLACES).to(seen.time), _variance(seen, genes)
+    height, sharpness = seen.probability * _height(variance), -0.5 / variance
+    astray = ASTRAY / T_MAX * seen.probability.sum(-1)
+
+    def log_density(at: Tensor) -> Tensor:
+        """Of what genes say, if all cells stand at one time: (N,)."""
+        density = (height * torch.exp(sharpness * _miss(seen, at, genes) ** 2)).sum(-1) + astray
+        return density.clamp_min(torch.finfo(density.dtype).tiny).log().sum(1)
+
+    log_p = torch.stack([log_density(at) for at in places], 1)
     best = log_p.argmax(1).clamp(1, PLACES - 2)
     before, at, after = (log_p.gather(1, (best + i)[:, None])[:, 0] for i in (-1, 0, 1))
     # The top of the parabola through three neighbours.
@@ -205,17 +213,22 @@ def _followed(seen: Sightings, time: Tensor, genes: Pace, *, inside: bool = Fals
     return within * seen.probability * density / (density + ASTRAY / T_MAX), variance
 
 
-def _log_density(seen: Sightings, time: Tensor, genes: Pace) -> Tensor:
-    """Log-density of what genes say, if all cells stand at one time: (N,)."""
-    density = (seen.probability * (_density(seen, time, genes)[0] + ASTRAY / T_MAX)).sum(-1)
-    return density.clamp_min(torch.finfo(density.dtype).tiny).log().sum(1)
-
-
 def _density(seen: Sightings, time: Tensor, genes: Pace) -> tuple[Tensor, Tensor]:
     """Of the genes' times under the clock, and their variances, (N, G, 2)."""
-    variance = 1 / seen.precision.clamp_min(VAGUE) + genes.scatter[:, None] ** 2
-    miss = seen.time - (genes.pace[:, None] * (time - genes.onset)).clamp(0, T_MAX)
-    return torch.exp(-0.5 * miss**2 / variance) * (2 * math.pi * variance).rsqrt(), variance
+    variance = _variance(seen, genes)
+    return torch.exp(-0.5 * _miss(seen, time, genes) ** 2 / variance) * _height(variance), variance
+
+
+def _variance(seen: Sightings, genes: Pace) -> Tensor:
+    return 1 / seen.precision.clamp_min(VAGUE) + genes.scatter[:, None] ** 2
+
+
+def _miss(seen: Sightings, time: Tensor, genes: Pace) -> Tensor:
+    return seen.time - (genes.pace[:, None] * (time - genes.onset)).clamp(0, T_MAX)
+
+
+def _height(variance: Tensor) -> Tensor:
+    return (2 * math.pi * variance).rsqrt()
 
 
 def _likeliest(seen: Sightings) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_velo.compiled import once, summed_to
+from pyro_velo.compiled import compiling, once, summed_to
 from pyro_velo.special import stirling_error, stirling_series, stirling_series_slope, stirling_slope
 
 LEAST_MEAN = 2.0**-40
@@ -41,7 +41,7 @@ def censored_normal_log_density(x: Tensor, mean: Tensor, scale: Tensor) -> Tenso
     """
     if _followed(mean, scale):
         # Places that are picked by what is measured are no one pass over memory.
-        either = _FusedCensoredNormalLogDensity if torch.compiler.is_compiling() else _CensoredNormalLogDensity
+        either = _FusedCensoredNormalLogDensity if compiling() else _CensoredNormalLogDensity
         return either.apply(x, mean, scale)
     value, d, _ = _normal(x, mean, scale)
     return torch.where(x > 0, value, _log_half_erfcx(d) - d * d / 2)

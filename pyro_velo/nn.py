@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyro_velo.compiled import compiling
+
 
 def mlp(n_in: int, hidden: Sequence[int]) -> nn.Sequential:
     """Linear -> LayerNorm -> SiLU for each size in `hidden`: (..., n_in) to (..., hidden[-1]).
@@ -55,7 +57,7 @@ class Decoder(nn.Module):
         h = self.trunk(z)
         # One product for all heads: stacking the results of several would copy the largest tensor of the program.
         h = h.expand(len(self.weight), *h.shape)
-        if torch.compiler.is_compiling():
+        if compiling():
             # The bias is then added where the product is used, in the same pass.
             return torch.bmm(h, self.weight) + self.bias
         return torch.baddbmm(self.bias, h, self.weight)

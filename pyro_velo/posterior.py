@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Batch
-from pyro_velo.compiled import compiled
+from pyro_velo.compiled import compiled, compiling
 from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
 from pyro_velo.guides import TIME_UNIT, WARP, AmortizedProgram
@@ -314,7 +314,7 @@ def posterior_of_states(log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...]
 
 def _exp_or_zero(x: Tensor) -> Tensor:
     """e^x, and 0 below -60: processors take 100 times as long for numbers that are next to nothing (denormal)."""
-    return torch.where(x > -60, torch.exp(x.clamp_min(-60)), 0.0) if torch.compiler.is_compiling() else torch.exp(x)
+    return torch.where(x > -60, torch.exp(x.clamp_min(-60)), 0.0) if compiling() else torch.exp(x)
 
 
 def state_weights(program: VelocityProgram, log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:

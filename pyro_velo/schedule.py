@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class KLWeight(Messenger):
     fade as the KL comes in, the others keep their weight. Found by tracing, so it fits every model.
     """
 
-    def __init__(self, weight: float, penalty: float | None = None) -> None:
+    def __init__(self, weight: float | Tensor, penalty: float | Tensor | None = None) -> None:
         super().__init__()
         self.weight, self.penalty = weight, 1 - weight if penalty is None else penalty
 
@@ -43,9 +43,13 @@ class KLWeight(Messenger):
         infer = msg["infer"]
         if "penalty" in infer:
             if infer["penalty"]:
-                msg["scale"] = msg["scale"] * max(self.penalty, SMALLEST)
+                msg["scale"] = msg["scale"] * _positive(self.penalty)
         elif infer.get("kl") or (not msg["is_observed"] and _of_cells(msg)):
-            msg["scale"] = msg["scale"] * max(self.weight, SMALLEST)
+            msg["scale"] = msg["scale"] * _positive(self.weight)
+
+
+def _positive(scale: float | Tensor) -> float | Tensor:
+    return scale.clamp_min(SMALLEST) if isinstance(scale, Tensor) else max(scale, SMALLEST)
 
 
 class WithoutPenalties(Messenger):
@@ -153,11 +157,21 @@ class Warmup:
     def _risen(self, step: int) -> float:
         return min(1.0, (step + 1) / self.steps) if self.steps else 1.0
 
-    @contextmanager
-    def at(self, step: int, mean: MeanOverCells = mean_here) -> Iterator[None]:
+    def scales(self, step: int) -> tuple[float, float]:
+        """By what a step scales KL terms, and penalties that are annealed."""
+        return self.weight(step), 1 - self._risen(step)
+
+    def at(self, step: int, mean: MeanOverCells = mean_here) -> AbstractContextManager[None]:
         """Within it, programs are scored at the step's weight; `mean` is that of `FreeBits`."""
+        return self.scaled(*self.scales(step), mean)
+
+    @contextmanager
+    def scaled(
+        self, weight: float | Tensor, penalty: float | Tensor, mean: MeanOverCells = mean_here
+    ) -> Iterator[None]:
+        """Within it, programs are scored at these `scales`."""
         floor = FreeBits(self.free_bits, mean) if self.free_bits else nullcontext()
-        with KLWeight(self.weight(step), 1 - self._risen(step)), floor:
+        with KLWeight(weight, penalty), floor:
             yield
 
     @contextmanager
@@ -174,8 +188,7 @@ class Warmup:
     @contextmanager
     def settled_at(self) -> Iterator[None]:
         """Within it, programs are scored by the final objective: weight `beta`, `free_bits`, penalties that stay."""
-        floor = FreeBits(self.free_bits) if self.free_bits else nullcontext()
-        with KLWeight(self.beta, 0.0), floor:
+        with self.scaled(self.beta, 0.0):
             yield
 
 

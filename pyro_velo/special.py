@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_velo.compiled import compiling
+
 
 def log_gamma_and_digamma(x: Tensor) -> tuple[Tensor, Tensor]:
     r"""$\log\Gamma(x)$ and $\psi(x)$ for x > 0, any shape, in one go; float64 is left to torch.
@@ -77,7 +79,7 @@ def digamma(x: Tensor) -> Tensor:
 
 def softplus(x: Tensor) -> Tensor:
     r"""$\log(1 + e^x)$: torch's, and in float32, where it is compiled, in half its time."""
-    if x.dtype != torch.float32 or not torch.compiler.is_compiling():
+    if x.dtype != torch.float32 or not compiling():
         return torch.nn.functional.softplus(x)
     t = torch.exp(-x.abs())
     return x.clamp_min(0) + t * _polynomial(t, _LOG1P)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Data, Minibatch
-from pyro_velo.compiled import fusing, pays
+from pyro_velo.compiled import fusing, pays, worth_recording
 from pyro_velo.doctor.terms import draws_together, terms_of
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import Culprit, NonFiniteError, blame
@@ -34,6 +34,7 @@ from pyro_velo.memory import keep_freed
 from pyro_velo.models.base import Model
 from pyro_velo.optimizer import step_together
 from pyro_velo.processes import ALONE, Noise, Team, team
+from pyro_velo.recorded import RecordedStep, can_be_recorded
 from pyro_velo.schedule import LastingPenalties, Plateau, Warmup
 
 Guide = Callable[[nn.Module], Any]
@@ -46,19 +47,19 @@ class TrainSettings:
 
     Attributes:
         max_epochs: passes over the training cells; None: as many as make `max_steps` steps. max_steps: gradient steps,
-        where `max_epochs` is None. batch_size: cells a step, at most; an epoch's batches are of equal size within one
-        cell. learning_rate: of ClippedAdam, until it is dropped tenfold. clip: the bound on each element of the
-        gradient of the loss per cell. warmup: the share of a cycle in which the weight of the KL rises. drop:
-        the share of the epochs after which the learning rate is dropped, at the latest. held_out: the share of cells
-        that are never trained on. patience: held-out evaluations without improvement before the learning rate drops,
-        and again before the fit ends. evaluate_steps: steps between held-out evaluations, rounded to whole epochs.
-        seed: of every random number. beta: what the weight of the KL rises to (Higgins et al. 2017). cycles: how often
-        it does so, in equal parts of the run (Fu et al. 2019: 4, with a warmup of 0.5). free_bits: nats that each
-        latent dimension of a cell may cost for free; 0: none (`schedule.FreeBits`). The held-out ELBO knows none of
-        the three. The parameters that are kept are those of the look at the held-out cells with the best final
-        objective: the ELBO with the KL at `beta`, with `free_bits` and with the penalties that stay (that of known
-        labels), whatever the weight was at that look. So a look from a phase of low weight is kept only where it is the
-        best at the weight that the schedule ends with.
+        where `max_epochs` is None. batch_size: cells a step, at most; an epoch's batches are of one size, and the cells
+        left over, fewer than there are batches, come in other epochs. learning_rate: of ClippedAdam, until it is
+        dropped tenfold. clip: the bound on each element of the gradient of the loss per cell. warmup: the share of a
+        cycle in which the weight of the KL rises. drop: the share of the epochs after which the learning rate is
+        dropped, at the latest. held_out: the share of cells that are never trained on. patience: held-out evaluations
+        without improvement before the learning rate drops, and again before the fit ends. evaluate_steps: steps between
+        held-out evaluations, rounded to whole epochs. seed: of every random number. beta: what the weight of the KL
+        rises to (Higgins et al. 2017). cycles: how often it does so, in equal parts of the run (Fu et al. 2019: 4, with
+        a warmup of 0.5). free_bits: nats that each latent dimension of a cell may cost for free; 0: none
+        (`schedule.FreeBits`). The held-out ELBO knows none of the three. The parameters that are kept are those of the
+        look at the held-out cells with the best final objective: the ELBO with the KL at `beta`, with `free_bits` and
+        with the penalties that stay (that of known labels), whatever the weight was at that look. So a look from a
+        phase of low weight is kept only where it is the best at the weight that the schedule ends with.
     """
 
     max_epochs: int | None = None
@@ -231,6 +232,11 @@ class _Loop:
         self.closed = type(elbo) is TraceMeanField_ELBO
         self.has_terms = type(elbo) in (Trace_ELBO, TraceMeanField_ELBO) and elbo.num_particles == 1
         self.team.check_suits(elbo, self.n_train // self.n_batches)
+        # All steps of the run, and not those that are left: going on has the bits of never having stopped.
+        self.elements = self.epochs * self.n_train * self.cells.n_genes // self.team.size
+        pays = worth_recording(self.epochs * self.n_batches, self.elements, cells.device)
+        records = pays and can_be_recorded(elbo) and not self.team.several
+        self.recorded = RecordedStep(self.svi, self.warmup) if records else None
         # A copy: the run that is gone on with may be gone on with again.
         self.state = deepcopy(resume) if resume else Training(settings, plateau=Plateau(patience=settings.patience))
         self.state.settings = settings
@@ -243,8 +249,8 @@ class _Loop:
         bar = tqdm(total=self.epochs, initial=state.epoch, desc="fit", unit="epoch", disable=hidden)
         try:
             while state.epoch < self.epochs and not state.plateau.finished:
-                # All steps of the run, and not those that are left: going on has the bits of never having stopped.
-                with fusing(self.epochs * self.n_train * self.cells.n_genes // self.team.size, self.cells.device):
+                # Looks alone do not pay for what is compiled for steps.
+                with fusing(0 if self.recorded and self.recorded.works else self.elements, self.cells.device):
                     evaluated = self._epoch()
                 bar.update()
                 bar.set_postfix_str(_elbos(state.history), refresh=False)
@@ -287,15 +293,16 @@ class _Loop:
             self.state.best = self.state.parameters = parameters()
 
     def _epoch(self) -> bool:
-        """Pass once over the training cells, then look at the held-out ones if it is time; whether it was."""
+        """Pass over the training cells, then look at the held-out ones if it is time; whether it was."""
         state, epoch = self.state, self.state.epoch
         noise = Noise(self.team, _seed(self.settings.seed, epoch), self.cells.device)
         order = self._on_device(self.cells.shuffled(self.train_index))
-        parts, step, total = order.tensor_split(self.n_batches), epoch * self.n_batches, 0.0
+        # Of one size, for which a step is recorded; the few cells that are left over come in other epochs.
+        size = self.n_train // self.n_batches
+        parts, step, total = order[: size * self.n_batches].split(size), epoch * self.n_batches, 0.0
         shares = [self.team.share(part) for part in parts]
         for i, batch in enumerate(self.cells.read(shares, self.n_train)):
-            with self.warmup.at(step + i, self.team.mean):
-                total += self._step(batch, step + i, noise, len(shares[i]) / len(parts[i]))
+            total += self._step(batch, step + i, noise, len(shares[i]) / len(parts[i]))
         state.epoch += 1
         last = state.epoch == self.epochs
         evaluated = last or state.epoch % self.evaluate_every == 0
@@ -309,14 +316,12 @@ class _Loop:
         `weight` is the batch's share of what all processes have in this step.
         """
         before = noise.position()
-        with poutine.trace(param_only=True) as capture, noise:
-            own = self.svi.loss_and_grads(self.svi.model, self.svi.guide, batch)
-        values = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
+        own, values = (self.recorded and self.recorded(batch, step)) or self._loss_and_gradients(batch, step, noise)
         loss = self.team.reduce(values.values(), own, weight)
         norm = nn.utils.get_total_norm([v.grad for v in values.values() if v.grad is not None])
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
             noise.back_to(before)
-            with noise:
+            with self.warmup.at(step, self.team.mean), noise:
                 mine = blame(self.svi.model, self.svi.guide, batch, values)
             raise NonFiniteError(self._first(None if math.isfinite(own) else mine) or mine, step=step)
         step_together(self.optimizer, values.values())
@@ -324,6 +329,12 @@ class _Loop:
             # Not zeros, to which the next gradients would be added.
             value.grad = None
         return float(loss)
+
+    def _loss_and_gradients(self, batch: Minibatch, step: int, noise: Noise) -> tuple[float, dict[str, Tensor]]:
+        """The loss, and the parameters by name, unconstrained, with their gradients."""
+        with self.warmup.at(step, self.team.mean), poutine.trace(param_only=True) as capture, noise:
+            loss = self.svi.loss_and_grads(self.svi.model, self.svi.guide, batch)
+        return loss, {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
 
     def _first(self, mine: Culprit | None) -> Culprit | None:
         """What the first process says that has something to say."""
