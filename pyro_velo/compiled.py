@@ -24,6 +24,8 @@ WORTH_FUSING = 120_000_000
 
 WORTH_RECORDING = 500
 """Steps from which recording one pays, where fusing does: with torch's cache on disk it takes some 10 s."""
+RECORDED_AT_MOST = 1_000_000
+"""Cells x genes of a batch up to which a step is recorded: the tracer keeps every array of it for a moment."""
 
 OPERATIONS_AT_ONCE = 1000
 """What a function may do in one pass over memory: torch's 64 breaks a draw into several, with arrays between them."""
@@ -76,8 +78,9 @@ def recording() -> Iterator[None]:
 
 
 def worth_recording(steps: int, elements: int, device: torch.device) -> bool:
-    """Whether that pays for whole steps; `elements` as in `fusing`."""
-    return steps >= WORTH_RECORDING and _worth(elements, WORTH_FUSING, device)
+    """Whether that pays for whole steps, of which all together go through `elements` (as in `fusing`)."""
+    fits = elements <= RECORDED_AT_MOST * steps
+    return fits and steps >= WORTH_RECORDING and _worth(elements, WORTH_FUSING, device)
 
 
 def compiling() -> bool:

@@ -27,15 +27,14 @@ from pyro_velo.batch import Minibatch
 from pyro_velo.compiled import OPERATIONS_AT_ONCE, recording
 from pyro_velo.schedule import Warmup
 
-OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "max_fusion_size": OPERATIONS_AT_ONCE,
-    # Random numbers are torch's own: the same seed has the same noise as a plain step.
-    "fallback_random": True,
-    # What several read is computed once. By default it is written into each of them, and the compiler, which finds it
-    # again, takes half as long again.
-    "realize_opcount_threshold": 6,
-    "realize_reads_threshold": 2,
-}
+Options = dict[str, str | int | bool | Callable[..., Any]]
+
+# Random numbers are torch's own: the same seed has the same noise as a plain step.
+OPTIONS: Options = {"max_fusion_size": OPERATIONS_AT_ONCE, "fallback_random": True}
+IN_CACHE = 256 * 1024
+"""Cells x genes of a batch up to which what several read is better kept than computed by each of them."""
+KEPT: Options = {"realize_opcount_threshold": 6, "realize_reads_threshold": 2}
+"""How torch is told so, which also halves the time of compiling."""
 
 
 class RecordedStep:
@@ -90,7 +89,8 @@ class RecordedStep:
 
             # By their identity: the tracer knows a parameter again, wherever the programs have it from.
             graph = make_fx(gradients, tracing_mode="real")(*values, *tensors)
-        return torch.no_grad()(torch.compile(graph, dynamic=False, options=OPTIONS))
+        options = OPTIONS | (KEPT if len(batch.index) * batch.measured.shape[-1] <= IN_CACHE else {})
+        return torch.no_grad()(torch.compile(graph, dynamic=False, options=options))
 
     def _loss(self, batch: Minibatch, kl: Tensor, penalty: Tensor) -> Tensor:
         """The loss of the bound, of which `Trace_ELBO.differentiable_loss` takes numbers on its way."""

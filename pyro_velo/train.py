@@ -249,8 +249,7 @@ class _Loop:
         bar = tqdm(total=self.epochs, initial=state.epoch, desc="fit", unit="epoch", disable=hidden)
         try:
             while state.epoch < self.epochs and not state.plateau.finished:
-                # Looks alone do not pay for what is compiled for steps.
-                with fusing(0 if self.recorded and self.recorded.works else self.elements, self.cells.device):
+                with fusing(self._in_parts(), self.cells.device):
                     evaluated = self._epoch()
                 bar.update()
                 bar.set_postfix_str(_elbos(state.history), refresh=False)
@@ -271,6 +270,13 @@ class _Loop:
         load_parameters(kept.best)
         self.team.check_alike(kept.best)
         return interrupted
+
+    def _in_parts(self) -> int:
+        """Cells x genes that go through what is compiled in parts: all steps, or where they are recorded the looks."""
+        if self.recorded is None or not self.recorded.works:
+            return self.elements
+        looked_at = 2 * (len(self.held_index) or self.n_train)
+        return self.epochs // self.evaluate_every * looked_at * self.cells.n_genes
 
     def _create_parameters(self) -> None:
         """Run one batch, because guides create parameters lazily; then put the parameters of a resumed run in place."""

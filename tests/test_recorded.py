@@ -161,7 +161,7 @@ def test_a_fit_that_cannot_be_compiled_goes_on_as_it_would_have(always, monkeypa
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with pytest.warns(UserWarning, match="slower: no compiler here"):
         found = small_fit(settings=settings(max_epochs=1)).training
-    monkeypatch.setattr(compiled, "WORTH_FUSING", 10**12)
+    monkeypatch.setattr(compiled, "WORTH_RECORDING", 10**6)
     assert differing(small_fit(settings=settings(max_epochs=1)).training, found) == []
 
 
@@ -184,6 +184,7 @@ def test_it_is_recorded_where_it_pays_and_for_the_bound_it_knows():
     assert not worth_recording(compiled.WORTH_RECORDING - 1, much, cpu)
     assert not worth_recording(compiled.WORTH_RECORDING, much - 1, cpu)
     assert not worth_recording(compiled.WORTH_RECORDING, much, torch.device("cuda"))
+    assert not worth_recording(1000, 1000 * compiled.RECORDED_AT_MOST + 1, cpu)
     assert can_be_recorded(Trace_ELBO())
     assert not can_be_recorded(Trace_ELBO(num_particles=2)) and not can_be_recorded(TraceMeanField_ELBO())
 
