@@ -21,6 +21,7 @@ from pyro_velo.guides import Amortized, AmortizedProgram
 from pyro_velo.models.velocity import VelocityModel, VelocityProgram
 from pyro_velo.rates import RATE_GUIDES, RateGuide
 from pyro_velo.states import STATE_FAMILIES, StateFamily
+from pyro_velo.times import Shared
 from pyro_velo.train import parameters
 
 # Each rate guide with the default states, and each family with the default guide: test_grid.py crosses them all.
@@ -155,6 +156,8 @@ def test_what_an_encoder_is_told_has_mean_0_and_sd_1_but_for_what_does_not_vary(
     assert_close(seen[:, :5].mean(0), 0.0)
     assert_close(seen[:, :5].std(0, correction=0), 1.0)
     assert (seen[:, 5] == seen[0, 5]).all()
+    as_it_is = VelocityModel(times=Shared()).build(cells).standardised(whole(cells).seen)
+    assert (as_it_is == whole(cells).seen).all()
 
 
 def test_one_recipe_serves_any_number_of_fits() -> None:

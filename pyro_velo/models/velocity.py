@@ -220,8 +220,11 @@ class VelocityProgram(nn.Module):
         return z[:, : self.recipe.n_latent]
 
     def standardised(self, seen: Tensor) -> Tensor:
-        """What an encoder looks at, (B, 2G+C), each number with mean 0 and sd 1 over the cells."""
-        return (seen - self.seen_mean) / self.seen_sd
+        """What an encoder looks at, (B, 2G+C), each number with mean 0 and sd 1 over the cells.
+
+        As it is where cells share a clock: fits of counts are then nearer to the unit of time (benchmarks/trust.md).
+        """
+        return seen if self.recipe.times.shared else (seen - self.seen_mean) / self.seen_sd
 
     def size_factors(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
         """Those of unspliced and spliced, (2, B, 1), or (2, B, G) where `values` has a z for each gene."""
