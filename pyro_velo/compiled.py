@@ -23,7 +23,7 @@ WORTH_FUSING = 120_000_000
 """Cells x genes x steps, below which compiling what gradients flow through costs more than it saves (on two cores)."""
 
 WORTH_RECORDING = 500
-"""Steps from which recording one pays, where fusing does: with torch's cache on disk it takes some 10 s."""
+"""Steps from which recording one pays, where fusing does: with torch's cache on disk it takes 10 to 20 s."""
 RECORDED_AT_MOST = 1_000_000
 """Cells x genes of a batch up to which a step is recorded: the tracer keeps every array of it for a moment."""
 
