@@ -32,8 +32,11 @@ Array = NDArray[np.float32]
 TOP = 99.0
 """The percentile that counts as a gene's maximum: one extreme cell must not set the scale of all others."""
 GENES_AT_ONCE = 256
-AMBIENT = 0.001
-"""The least abundance that a count is expected from, in units of a gene's range: RNA that is in every droplet."""
+AMBIENT = 0.0001
+"""The least abundance that a count is expected from, in units of a gene's range: RNA that is in every droplet.
+
+Ten times as much is a tenth of what late cells still have of a gene, and changes its rates (benchmarks/trust.md).
+"""
 BASAL = 0.05
 """The share of its range below which what a gene shows at its lowest is none: neighbours' means reach into its rise."""
 
