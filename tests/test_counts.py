@@ -132,9 +132,8 @@ def test_a_likelihood_is_given_what_it_expects_or_says_so() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_floor_of_counts_moves_gammas_by_little_of_their_sd(seed: int) -> None:
     """To first order, where cells' times and library sizes are known; a floor ten times as high moves them visibly."""
-    n_cells = 1000
-    settings = simulate.Settings(noise=simulate.NegativeBinomial())
-    true = simulate.simulate(n_cells, 60, settings=settings, seed=seed)
+    noise = simulate.NegativeBinomial()
+    true = simulate.simulate(1000, 60, settings=simulate.Settings(noise=noise), seed=seed)
     genes = np.stack([true.true_alpha, true.true_beta, true.true_gamma, true.true_switch[0] - true.true_onset[0]])
     t = torch.from_numpy(true.true_t - true.true_onset[0, 0])[:, None]
     assert np.ptp(true.true_onset) == 0
@@ -147,10 +146,11 @@ def test_the_floor_of_counts_moves_gammas_by_little_of_their_sd(seed: int) -> No
     # Each gene's means have slopes in its own rates alone: a step for each of the four.
     steps = 1e-5 * torch.eye(4, dtype=x.dtype)[..., None]
     slopes = torch.stack([(means(x + step) - means(x - step)) / 2e-5 for step in steps])
-    weight = 1 / (mean + mean**2 / 10 + 1e-6)
-    information = torch.einsum("kmng,lmng,mng->gkl", slopes, slopes, weight)
     # What a gene shows at most, in counts of a cell of middling library.
     unit = torch.stack(trajectory(Rates(*x.exp()), t)).amax(1, keepdim=True) * float(np.median(true.library))
+    expected = mean + AMBIENT * unit
+    weight = 1 / (expected + expected**2 / noise.theta)
+    information = torch.einsum("kmng,lmng,mng->gkl", slopes, slopes, weight)
     pull = torch.einsum("kmng,mng,mng->gk", slopes, weight, unit.expand_as(mean))
     per_floor = -torch.linalg.solve(information, pull) / torch.linalg.inv(information).diagonal(dim1=1, dim2=2).sqrt()
     moved = (per_floor[:, 2] * AMBIENT).abs().median()

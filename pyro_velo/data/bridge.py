@@ -35,7 +35,7 @@ GENES_AT_ONCE = 256
 AMBIENT = 0.0001
 """The least abundance that a count is expected from, in units of a gene's range: RNA that is in every droplet.
 
-Ten times as much is a tenth of what late cells still have of a gene, and changes its rates (benchmarks/trust.md).
+Ten times as much is not small beside what late cells still have of a gene, and changes its rates (benchmarks/trust.md).
 """
 BASAL = 0.05
 """The share of its range below which what a gene shows at its lowest is none: neighbours' means reach into its rise."""
