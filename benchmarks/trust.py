@@ -5,6 +5,7 @@ r"""Can the uncertainty be trusted? Recovery and coverage, direction, reversed g
     python benchmarks/trust.py recovery --data nb --times shared --likelihood nb --rates per-gene --library inferred
     python benchmarks/trust.py directional --data stationary recipe permuted pancreas
     python benchmarks/trust.py planted
+    python benchmarks/trust.py edges --seeds 0
     python benchmarks/trust.py fates
     python benchmarks/trust.py ranks --cells 150 --genes 15 --max-epochs 300 --seeds 0 1 --keep ranks \
         --times shared --likelihood tobit --rates per-gene
@@ -13,6 +14,7 @@ A line of JSON for each fit, and a summary over seeds. `recovery`: correlations 
 intervals of the velocity cover it. `directional`: the share of cells called directional; `permuted` is the pancreas,
 the molecules of each gene exchanged among the cells of a cluster. `planted`: a fifth of the genes have their unspliced
 counts mirrored at the steady-state line, so that they rise where they should fall; how many of them the audit names.
+`edges`: a table of the pancreas' seven edges, and of the genes that the audit says run against the others, a seed.
 `fates`: how often the interval of a progenitor bin covers the share of its cells that take a fate. `ranks`:
 simulation-based calibration of `--fits` small fits a seed, whose genes are drawn around a typical one (`GENES`), all
 seeds together; `--keep` holds what is done.
@@ -35,7 +37,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from swaps import COUNTED, PANCREAS, SIMULATIONS, recovered
+from swaps import COUNTED, EDGES, PANCREAS, SIMULATIONS, recovered
 
 import pyro_velo as pv
 from pyro_velo import api, simulate
@@ -98,6 +100,27 @@ def planted(args: argparse.Namespace, data: str, seed: int) -> dict[str, float]:
     called = set(found.reversed_genes)
     hits = len(names & called)
     return {"precision": hits / max(1, len(called)), "recall": hits / len(names), "called": float(len(called))}
+
+
+def edges(args: argparse.Namespace) -> None:
+    for seed in args.seeds:
+        adata = api.read(PANCREAS)
+        fit = api.fit_adata(adata, options(args, seed, as_is=False))
+        found, score = pv.audit(fit, adata, "clusters", EDGES), pv.score(adata, "clusters", list(EDGES))
+        umap = [edge["cbdir_umap"] for edge in score["edges"]]
+        four, seven = sum(umap[:4]) / 4, sum(umap) / 7
+        print(
+            f"\nseed {seed}: CBDir on the UMAP {four:.3f} (4 edges), {seven:.3f} (7), in Ms space {score['cbdir_ms']}\n"
+        )
+        print("| edge | CBDir | P(backward) | P(A>B over B>A) | without those reversed |\n|---|---|---|---|---|")
+        for each in found.edges:
+            low, high = each.interval
+            interval = f"{each.mean:.3f} [{low:.3f}, {high:.3f}]"
+            rest = f"{each.p_backward:.2f} | {each.p_direction:.2f} | {each.without_reversed:.3f}"
+            print(f"| {each.source} > {each.target} | {interval} | {rest} |")
+        for name in found.reversed_genes:
+            k = found.genes.index(name)
+            print(f"{name}: agreement {found.agreement[k]:.2f}, P(reversed) {found.p_reversed[k]:.2f}", flush=True)
 
 
 def fates(args: argparse.Namespace, data: str, seed: int) -> dict[str, float]:
@@ -163,7 +186,7 @@ JOBS = {"recovery": recovery, "directional": directional, "planted": planted, "f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=[*JOBS, "ranks"])
+    parser.add_argument("job", choices=[*JOBS, "edges", "ranks"])
     parser.add_argument("--data", nargs="+", default=["recipe"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--cells", type=int, default=1000)
@@ -180,6 +203,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if args.job == "ranks":
         print(ranks(args))
+        return
+    if args.job == "edges":
+        edges(args)
         return
     for data in args.data:
         rows = []

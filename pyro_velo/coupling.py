@@ -16,7 +16,8 @@ S = \sum_n d_n \phi \phi^T - \sum_g C_g^T A_g^{-1} C_g, \quad d_n = 1 + \sum_g b
 where P is the precision of the prior. Where library sizes are inferred, all rates follow two coordinates of a cell, and
 w bends both along the clock: b and phi then have a component for each, and $s_n$ is a root of their covariance in that
 cell, since where all genes fall the two can hardly be told apart. The means are moved by Newton steps on the ELBO,
-its gradient taken at a few points around them.
+its gradient taken at a few points around them. In the end cells get the moments of their own posterior, by
+quadrature: a Normal of the highest bound is too narrow where the posterior is none.
 
 References: Giordano, Broderick and Jordan 2018 (linear response: covariances from a mean-field optimum); Opper and
 Archambeau 2009 (a Normal's ELBO has the gradient that is expected under it).
@@ -29,7 +30,6 @@ import warnings
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -39,11 +39,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Batch
+from pyro_velo.cell_scores import scores
 from pyro_velo.coupled_rates import CoupledRates, Covariance, Genes, bends, bent
 from pyro_velo.disk import AnyCells
 from pyro_velo.guides import AmortizedProgram
 from pyro_velo.kinetics import POWERS, T_MAX
 from pyro_velo.posterior import posterior_of_states
+from pyro_velo.quadrature import adaptive, cubature, moments
 from pyro_velo.rates import AutoPerGene
 from pyro_velo.times import ClockProgram
 from pyro_velo.train import Fitted, split
@@ -65,6 +67,8 @@ BY_CHANCE = 1e-3
 EDGE, LATEST = 1e-4, 0.99
 """Shares of the clock: how near to its ends a cell is put, and the latest switching time, when it is turned."""
 CELLS_GENES_AT_ONCE = 128 * 1024
+FARTHEST = 4.0
+"""The factor by which a cell's variance may change in the end: points of quadrature reach no farther."""
 LARGEST_STEP, LARGEST_STEPS = 0.3, 3.0
 """Of the clock in a round, in sds of its prior; and of rates, in their own."""
 
@@ -95,6 +99,7 @@ def couple(fitted: Fitted, cells: AnyCells, *, seed: int = 0, progress: bool | N
             text = "Rates and clock could not be coupled: the intervals of this fit are too narrow."
             warnings.warn(text, stacklevel=2)
             return fitted
+        search.settle()
         return replace(fitted, guide=search.guide_found())
 
 
@@ -236,8 +241,11 @@ class Search:
         drawn = poutine.trace(self.fitted.guide.cells).get_trace(batch, dist.Delta(z[:, None], event_dim=1))
         values = self.genes.values(self.x.to(z)) | {"pi": drawn.nodes["pi"]["value"], "z": z[:, None]}
         log_p = posterior_of_states(program.explain(values, batch).log_joint)[1]
-        log_latent = program.recipe.priors.latent.log_prob(z[:, self.shared])
-        return log_p.sum(1, dtype=torch.float64) + log_latent.sum(1, dtype=torch.float64)
+        return log_p.sum(1, dtype=torch.float64) + self._log_prior(z)
+
+    def _log_prior(self, z: Tensor) -> Tensor:
+        """Of the places of cells with latent vectors z (B, d), (B,) float64."""
+        return self.program.recipe.priors.latent.log_prob(z[:, self.shared]).sum(1, dtype=torch.float64)
 
     def _after_rounds(self) -> float:
         """The bound some rounds later; without a covariance there is none."""
@@ -268,6 +276,24 @@ class Search:
         entropy = self.covariance.log_size() + float((self.trained @ self.root.diagonal(dim1=1, dim2=2).log()).sum())
         self.covariance = before
         return expected + entropy
+
+    def settle(self) -> None:
+        """Give each cell the mean and the covariance that its posterior has, the rates at their means.
+
+        The Normal of the highest bound is narrower than a posterior that is none, and where all genes are nearly silent
+        no cell's is one.
+        """
+        points, found = adaptive(len(self.shared)), []
+        with torch.no_grad():
+            for batch in self._batches():
+                place, root = self.place[batch.index], self.root[batch.index]
+                looked = [self._log_joint(place + root @ point, batch) for point in points.at.to(place)]
+                found.append(moments(points, torch.stack(looked)))
+        mean, covariance = (torch.cat(each) for each in zip(*found, strict=True))
+        values, axes = torch.linalg.eigh(covariance)
+        covariance = (axes * values.clamp(1 / FARTHEST, FARTHEST)[:, None]) @ axes.mT
+        self.place = self.place + (self.root @ mean.clamp(-1, 1)[..., None])[..., 0]
+        self.root = torch.linalg.cholesky(self.root @ covariance @ self.root.mT)
 
     def guide_found(self) -> AmortizedProgram:
         """The guide of the fit, with coupled rates and each cell's own place."""
@@ -400,56 +426,3 @@ class Search:
         bound = LARGEST_STEPS * torch.linalg.vector_norm(root, dim=-1)
         self.x = self.x + share * (alone[..., 0].clamp(-bound, bound) - response @ w)
         self.place = self.place + share * shift
-
-
-def cubature(n: int) -> list[tuple[tuple[float, ...], float, float]]:
-    """Points of n coordinates, 1 or 2, whose weighted mean is a standard Normal's, of polynomials of degree 5.
-
-    Each with a sign, opposite for mirror images, and its weight; the centre is there with either sign (Stroud 1971).
-
-    >>> sum(weight * point[0] ** 4 for point, _, weight in cubature(2))
-    3.0
-    """
-    centre, axis, corner = 2 / (n + 2), (4 - n) / (2 * (n + 2) ** 2), 1 / (n + 2) ** 2
-    along = [tuple(math.sqrt(n + 2) * (i == k) for i in range(n)) for k in range(n)]
-    found = [((0.0,) * n, 1.0, centre / 2), *((point, 1.0, axis) for point in along)]
-    if n == 2:
-        far = math.sqrt((n + 2) / 2)
-        found += [((far, far), 1.0, corner), ((far, -far), 1.0, corner)]
-    return found + [(tuple(-x for x in point), -sign, weight) for point, sign, weight in found]
-
-
-def scores(
-    program: Any, guide: AmortizedProgram, genes: Genes, x: Tensor, z: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each cell log p(u, s), (B,); of each cell and gene its gradients in x, (B, G, K), and in the place, (B, G, C).
-
-    x (G, K), z (B, d). The place is the clock and, where it is inferred, the library size. The states' weights are
-    those of the guide at z, which stay.
-    """
-    drawn = poutine.trace(guide.cells).get_trace(batch, dist.Delta(z[:, None], event_dim=1)).nodes["pi"]["value"]
-    with torch.enable_grad():
-        each = x.expand(len(z), *x.shape).clone().requires_grad_()
-        values = genes.values(each)
-        fixed = {name: value.detach() for name, value in values.items()}
-        first = z[:, :1].clone().requires_grad_()
-        own = program.times.own(batch.conditioned(torch.cat((first, program.of_kinetics(z)[:, 1:]), 1)), fixed)
-        slope = _elementwise(own, first)
-        time = own.detach().expand(each.shape[:2]).clone().requires_grad_()
-        timed = program.times.at(time, values["switch_time"], values)
-        # Of each gene its own, so that each has its gradient.
-        of_genes = z[:, None].expand(*each.shape[:2], z.shape[1]).clone().requires_grad_()
-        log_joint = program.explain_at(timed, values | {"pi": drawn.detach(), "z": of_genes}, batch).log_joint
-        log_p = posterior_of_states(log_joint)[1]
-        of = (each, time) if program.library_sd is None else (each, time, of_genes)
-        in_x, in_time, *in_z = torch.autograd.grad(log_p.sum(), of)
-    in_place = torch.stack([in_time * slope, *(found[..., -1] for found in in_z)], -1)
-    return log_p.detach().sum(1, dtype=torch.float64), in_x, in_place
-
-
-def _elementwise(values: Tensor, of: Tensor) -> Tensor:
-    """The derivative of each value (B, n) in the one number (B, 1) that its row hangs on."""
-    # The gradient of a gradient along v, in v.
-    v = torch.ones_like(values, requires_grad=True)
-    (along,) = torch.autograd.grad(values, of, v, create_graph=True)
-    return torch.autograd.grad(along.sum(), v)[0]

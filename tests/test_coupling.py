@@ -16,8 +16,9 @@ from torch import Tensor
 import pyro_velo as pv
 from pyro_velo import simulate
 from pyro_velo.batch import Cells
+from pyro_velo.cell_scores import scores
 from pyro_velo.coupled_rates import CoupledRates, Genes, bends
-from pyro_velo.coupling import CLOCKS, ENOUGH, LOOKS, SHORTEST, STRIDE, Information, Search, applies, couple, scores
+from pyro_velo.coupling import CLOCKS, ENOUGH, LOOKS, SHORTEST, STRIDE, Information, Search, applies, couple
 from pyro_velo.evidence import evidence
 from pyro_velo.fitting import Fit
 from pyro_velo.guides import WARP, Amortized
@@ -194,6 +195,35 @@ def test_a_cell_that_has_settled_stays(double: None) -> None:
         search._move_cells(torch.zeros_like(place), more.expand_as(root))
         found = torch.linalg.inv(root) @ search.root @ search.root.mT @ torch.linalg.inv(root).mT
         torch.testing.assert_close(found, torch.linalg.inv((more + torch.eye(2)) / 2).expand_as(found))
+
+
+@pytest.mark.parametrize("inferred", [False, True], ids=["known sizes", "inferred sizes"])
+def test_cells_settle_with_the_moments_of_their_posterior(double: None, inferred: bool) -> None:
+    cells, model = (doubled(counted_cells()), COUNTED) if inferred else (doubled(small_cells()), SHARED)
+    fitted = train(model, GUIDE, cells, settings=settings(), progress=False)
+    with fitted.parameters(), pyro.validation_enabled(False):
+        search = Search(fitted, cells)
+        search.climb(progress=False)
+        before, root = search.place, search.root
+        # On a grid of the cell's own axes, five sds to either side.
+        axis = torch.linspace(-5, 5, 81)
+        grid = torch.cartesian_prod(axis, axis) if inferred else axis[:, None]
+        batch = cells.batch(torch.arange(len(cells)))
+        with torch.no_grad():
+            log_p = torch.stack([search._log_joint(before + root @ point, batch) for point in grid])
+        weights = torch.softmax(log_p, 0)
+        mean = before + (root @ (weights.mT @ grid)[..., None])[..., 0]
+        off = (grid - weights[..., None].mul(grid[:, None]).sum(0)[:, None]).unsqueeze(-1)
+        covariance = root @ (weights.mT[..., None, None] * (off @ off.mT)).sum(1) @ root.mT
+        search.settle()
+    sds = root @ root.mT
+    scale = sds.diagonal(dim1=1, dim2=2).sqrt()
+    # Curves have kinks where genes are switched off, which points far apart do not see.
+    close = ((search.place - mean) / scale).abs() < 0.1
+    assert close.double().mean() > 0.9
+    ratio = (search.root @ search.root.mT).diagonal(dim1=1, dim2=2) / covariance.diagonal(dim1=1, dim2=2)
+    assert ((ratio - 1).abs() < 0.15).double().mean() > 0.9
+    assert not torch.equal(search.place, before)
 
 
 @pytest.mark.parametrize("inferred", [False, True], ids=["known sizes", "inferred sizes"])

@@ -31,6 +31,7 @@ LAYERS: dict[int, set[str]] = {
         "memory",
         "moments",
         "quantiles",
+        "quadrature",
         "data.anndata_keys",
     },
     1: {
@@ -42,7 +43,7 @@ LAYERS: dict[int, set[str]] = {
     2: {"models", "rates", "guides", "encoders"},
     3: {
         *("train", "schedule", "recorded", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
-        *("coupling", "coupled_rates"),
+        *("coupling", "coupled_rates", "cell_scores"),
         *("consensus", "curve_information", "rescaled_rates", "time_units"),
         *("history", "doctor", "doctor.terms"),
         *("simulate", "preprocess", "preparing", "embedding", "metrics", "data"),
@@ -97,6 +98,9 @@ SIDEWAYS = {
     ("checkpoint", "train"),
     ("posterior", "train"),
     ("coupling", "coupled_rates"),
+    ("coupling", "cell_scores"),
+    ("cell_scores", "coupled_rates"),
+    ("cell_scores", "posterior"),
     ("coupling", "posterior"),
     ("coupling", "train"),
     # The unit of genes' own times.
