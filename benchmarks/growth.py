@@ -27,8 +27,10 @@ from pyro_velo.train import TrainSettings
 
 SEEN = 10_000
 """Cells that are simulated; where more are asked for, these are looked at again."""
-STEPS = 200
-"""An epoch is measured over as many steps at least, so that small sizes take several after their first."""
+STEPS = 600
+"""An epoch is measured over as many steps at least, so that small sizes take several after their first.
+
+As many are compiled at every size, as those of a fit of the default length are."""
 
 
 def options() -> argparse.Namespace:
