@@ -42,7 +42,8 @@ class Known(Library):
 class Inferred(Library):
     r"""$\log l_n \sim \mathcal{N}(0, \sigma^2)$ for both molecules of a cell, the median library being one.
 
-    Whatever time a cell is at, its library says nothing of it: that is what tells libraries and expression apart.
+    Whatever time a cell is at, its library says nothing of it: that is what tells libraries and expression apart. It
+    takes a clock that genes share: where each has its own, any library is explained by genes' times.
     `sd` is $\sigma$, by default that of the logarithms of the rough size factors, from which the inference starts.
     Raises `InputError` for an sd that is not positive and finite.
 
