@@ -1,8 +1,9 @@
 """What several processes gain: cells a second of one process and of two, with one thread each, turn by turn.
 
 `python benchmarks/processes.py --json processes.json --picture processes.png`; processes.md holds what it found. Each
-measurement is a run of `torchrun` of its own. Steps are those of a fit, plain (not compiled), on a batch that the
-processes share; compiling, preprocessing and looks at held-out cells are in no figure.
+measurement is a run of `torchrun` of its own. Steps are those of a fit, plain, or with `--compiled` as a long fit does
+them (one process records its steps and compiles them as a whole, several compile their parts), on a batch that the
+processes share; compiling itself, preprocessing and looks at held-out cells are in no figure.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", action="store_true", help="one process with two threads as well")
+    parser.add_argument("--compiled", action="store_true", help="steps as a long fit does them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--worker", type=Path, help="for the processes that this starts")
@@ -57,13 +59,14 @@ def data(what: str) -> Any:
     return Profiles.of_counts(torch.from_numpy(counts))
 
 
-def measured(team: Any, what: str, cells: Any, batch: int, steps: int) -> dict[str, list[float]]:
+def measured(team: Any, what: str, cells: Any, batch: int, steps: int, *, compiled: bool) -> dict[str, list[float]]:
     """Seconds of each step, of its message (with the wait for the other process) and of the message alone."""
     import pyro
     import torch
     from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
     import pyro_velo as pv
+    from pyro_velo.compiled import fusing
     from pyro_velo.encoders import Encoder
     from pyro_velo.processes import Noise, Team
     from pyro_velo.train import TrainSettings, _Loop, apart
@@ -85,6 +88,7 @@ def measured(team: Any, what: str, cells: Any, batch: int, steps: int) -> dict[s
         program = model.build(cells)
         elbo = Trace_ELBO() if velocity else TraceMeanField_ELBO()
         loop = _Loop(program, guide(program), cells, settings, elbo, None, team)
+        loop.recorded = loop.recorded if compiled else None
         parts = loop.train_index.tensor_split(loop.n_batches)
         found: dict[str, list[float]] = {"step": []}
         for number in range(steps + 2):
@@ -93,7 +97,7 @@ def measured(team: Any, what: str, cells: Any, batch: int, steps: int) -> dict[s
             if number == 2:
                 busy = time.process_time()
             start = time.perf_counter()
-            with loop.warmup.at(number, team.mean):
+            with fusing(loop._in_parts() if compiled else 0, cells.device), loop.warmup.at(number, team.mean):
                 noise = Noise(team, number, cells.device)
                 loop._step(cells.batch(share, loop.n_train), number, noise, len(share) / len(part))
             found["step"].append(time.perf_counter() - start)
@@ -113,7 +117,7 @@ def measured(team: Any, what: str, cells: Any, batch: int, steps: int) -> dict[s
     return found
 
 
-def worker(file: Path) -> None:
+def worker(file: Path, *, compiled: bool) -> None:
     import torch
 
     from pyro_velo.processes import joined
@@ -121,16 +125,19 @@ def worker(file: Path) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with joined() as team:
         sets = {what: data(what) for what in ("velocity", "vae")}
-        found = {name: measured(team, what, sets[what], *sizes) for name, (what, *sizes) in CASES.items()}
+        found = {
+            name: measured(team, what, sets[what], *sizes, compiled=compiled) for name, (what, *sizes) in CASES.items()
+        }
     if team.leads:
         file.write_text(json.dumps(found))
 
 
-def launched(processes: int, threads: int, file: Path) -> Found:
+def launched(processes: int, threads: int, file: Path, *, compiled: bool) -> Found:
     """One run of `torchrun`."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     by = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    subprocess.run([*by, __file__, "--worker", str(file)], env=environment, check=True)
+    how = ["--compiled"] if compiled else []
+    subprocess.run([*by, __file__, "--worker", str(file), *how], env=environment, check=True)
     return json.loads(file.read_text())
 
 
@@ -188,7 +195,7 @@ def picture(runs: dict[str, list[Found]], file: Path) -> None:
 def main() -> None:
     given = options()
     if given.worker:
-        worker(given.worker)
+        worker(given.worker, compiled=given.compiled)
         return
     import tempfile
 
@@ -198,7 +205,7 @@ def main() -> None:
         for _ in range(given.repeats):
             for name, found in runs.items():
                 loads.append(os.getloadavg()[0])
-                found.append(launched(*ARRANGEMENTS[name], Path(folder) / "found.json"))
+                found.append(launched(*ARRANGEMENTS[name], Path(folder) / "found.json", compiled=given.compiled))
     print(f"Load of the machine ({os.cpu_count()} cores) when runs began: {min(loads):.1f} to {max(loads):.1f}.\n")
     print(table(runs))
     if given.json:
