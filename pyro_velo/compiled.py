@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass
@@ -23,12 +23,16 @@ WORTH_FUSING = 120_000_000
 """Cells x genes x steps, below which compiling what gradients flow through costs more than it saves (on two cores)."""
 
 WORTH_RECORDING = 500
-"""Steps from which recording one pays, where fusing does: with torch's cache on disk it takes 10 to 20 s."""
-RECORDED_AT_MOST = 1_000_000
-"""Cells x genes of a batch up to which a step is recorded: the tracer keeps every array of it for a moment."""
+"""Steps from which recording one pays, where fusing does: it takes some 30 s, and 4 with torch's cache on disk."""
 
 OPERATIONS_AT_ONCE = 1000
 """What a function may do in one pass over memory: torch's 64 breaks a draw into several, with arrays between them."""
+
+OPTIONS: Mapping[str, Any] = {"max_fusion_size": OPERATIONS_AT_ONCE, "cpp.vec_isa_ok": True}
+"""What torch's compiler is told; not to try out whether g++ knows vectors of each width, which takes 10 s."""
+
+VARIANTS = 256
+"""Models and numbers of genes for which one process compiles a function; torch's 8 are soon used up in a notebook."""
 
 _PAYS: ContextVar[bool] = ContextVar("pays", default=False)
 _RECORDS: ContextVar[bool] = ContextVar("records", default=False)
@@ -79,8 +83,7 @@ def recording() -> Iterator[None]:
 
 def worth_recording(steps: int, elements: int, device: torch.device) -> bool:
     """Whether that pays for whole steps, of which all together go through `elements` (as in `fusing`)."""
-    fits = elements <= RECORDED_AT_MOST * steps
-    return fits and steps >= WORTH_RECORDING and _worth(elements, WORTH_FUSING, device)
+    return steps >= WORTH_RECORDING and _worth(elements, WORTH_FUSING, device)
 
 
 def compiling() -> bool:
@@ -112,7 +115,7 @@ def fusible(function: Callable[..., Result], where: Callable[[], bool] = fuses) 
 
     @wraps(function)
     def call(*args: Any) -> Result:
-        if _RECORDS.get() or not where():
+        if compiling() or not where():
             return function(*args)
         _cells_vary(args)
         return fused()(*args)
@@ -184,19 +187,20 @@ def _cells_vary(args: tuple[Any, ...]) -> None:
 
 
 class _OrAsItIs:
-    """Calls the compiled function, and if its first call fails the function itself, from then on."""
+    """Calls the compiled function, and if a call fails the function itself, from then on."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        options: dict[str, Any] = {"max_fusion_size": OPERATIONS_AT_ONCE}
-        self.function, self.call, self.tried = function, torch.compile(function, dynamic=False, options=options), False
+        self.function = function
+        # Whole, or it would fall into parts, with arrays between them, without a word.
+        self.call = torch.compile(function, fullgraph=True, dynamic=False, options=dict(OPTIONS))
 
     def __call__(self, *args: Any) -> Any:
-        if self.tried:
-            return self.call(*args)
-        self.tried = True
         try:
-            return self.call(*args)
+            with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+                return self.call(*args)
         except Exception as error:
+            if self.call is self.function:
+                raise
             first = str(error).strip().partition("\n")[0]
             warnings.warn(f"torch.compile failed, so this goes on slower without it: {first}", stacklevel=2)
             self.call = self.function

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -250,6 +250,11 @@ def _heard() -> Iterator[None]:
         ) from error
 
 
+def drawn_of_cells(msg: dict[str, Any]) -> bool:
+    """Whether a site is drawn, and of cells: it is in the plate `cells`."""
+    return any(frame.name == "cells" for frame in msg["cond_indep_stack"]) and not msg["is_observed"]
+
+
 class Noise(Messenger):
     """The random numbers of an epoch: those from `seed`, the same in all processes, and for cells this process's own.
 
@@ -264,6 +269,21 @@ class Noise(Messenger):
             torch.manual_seed((seed + 1 + team.rank) % 2**63)
             self.own = self._state()
         torch.manual_seed(seed)
+
+    @property
+    def several(self) -> bool:
+        """Whether it draws cells' numbers apart from the others."""
+        return self.own is not None
+
+    def draw(self, make: Callable[[], Value], of_cells: bool) -> Value:
+        """What `make` draws, of cells or of what all processes share, where no site says so."""
+        apart = self.several and of_cells
+        if apart:
+            self._swap()
+        drawn = make()
+        if apart:
+            self._swap()
+        return drawn
 
     def position(self) -> tuple[Tensor, Tensor | None]:
         """Where it stands, to come `back_to`."""
@@ -283,8 +303,7 @@ class Noise(Messenger):
             self._swap()
 
     def _of_own_cells(self, msg: dict[str, Any]) -> bool:
-        in_cells = any(frame.name == "cells" for frame in msg["cond_indep_stack"])
-        return self.own is not None and in_cells and not msg["is_observed"]
+        return self.several and drawn_of_cells(msg)
 
     def _swap(self) -> None:
         shared = self._state()

@@ -4,37 +4,46 @@ Of a step on a few hundred genes more than half is not arithmetic on cells: Pyro
 operations on what the genes have of their own, and autograd's way back through them (benchmarks/step.md). All of it is
 the same in every step but for the parameters, the batch, the weights of the schedule and the random numbers. So the
 model and the guide run once under torch's tracer, with the way back, and what they did to tensors is compiled.
+
+The tracer watches tensors without numbers, which take no memory. Random numbers are drawn apart, by torch's own
+generators as in a plain step, and handed to the function.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any, cast
+from itertools import islice
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.util import is_identically_zero
-from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from pyro_velo.batch import Minibatch
-from pyro_velo.compiled import OPERATIONS_AT_ONCE, recording
+from pyro_velo.compiled import OPTIONS, recording
+from pyro_velo.processes import Noise, drawn_of_cells
 from pyro_velo.schedule import Warmup
 
-Options = dict[str, str | int | bool | Callable[..., Any]]
-
-# Random numbers are torch's own: the same seed has the same noise as a plain step.
-OPTIONS: Options = {"max_fusion_size": OPERATIONS_AT_ONCE, "fallback_random": True}
 IN_CACHE = 256 * 1024
 """Cells x genes of a batch up to which what several read is better kept than computed by each of them."""
-KEPT: Options = {"realize_opcount_threshold": 6, "realize_reads_threshold": 2}
+KEPT: Mapping[str, Any] = {"realize_opcount_threshold": 6, "realize_reads_threshold": 2}
 """How torch is told so, which also halves the time of compiling."""
+
+
+class Draw(NamedTuple):
+    """Random numbers of a step: what draws them, and whether they are of cells."""
+
+    make: Callable[[], Tensor]
+    of_cells: bool
 
 
 class RecordedStep:
@@ -47,35 +56,43 @@ class RecordedStep:
     def __init__(self, svi: SVI, warmup: Warmup) -> None:
         self.svi, self.warmup, self.works = svi, warmup, True
         self.parameters: dict[str, Tensor] = {}
+        self.draws: list[Draw] = []
         self.function: Callable[..., Sequence[Tensor]] | None = None
 
-    def __call__(self, batch: Minibatch, step: int) -> tuple[float, dict[str, Tensor]] | None:
+    def __call__(self, batch: Minibatch, step: int, noise: Noise) -> tuple[float, dict[str, Tensor]] | None:
         """The loss of `batch`, and the parameters by name, unconstrained, with their gradients; None where it can't."""
-        if not self.works:
-            return None
         tensors = [*_tensors_of(batch).values(), *map(torch.tensor, self.warmup.scales(step))]
-        if self.function is not None:
-            return self._noted(self.function(*self.parameters.values(), *tensors))
-        try:
-            self.function = self._recorded(batch, tensors)
-            return self._noted(self.function(*self.parameters.values(), *tensors))
-        except Exception as error:
-            first = str(error).strip().partition("\n")[0]
-            warnings.warn(f"A step could not be compiled as a whole, so the fit is slower: {first}", stacklevel=2)
-            self.works = False
+        if self.works and self.function is None:
+            self._record(batch, tensors, noise)
+        if self.function is None:
             return None
-
-    def _noted(self, found: Sequence[Tensor]) -> tuple[float, dict[str, Tensor]]:
-        loss, *gradients = found
+        drawn = [noise.draw(*each) for each in self.draws]
+        with torch.no_grad():
+            loss, *gradients = self.function(*self.parameters.values(), *tensors, *drawn)
         for value, gradient in zip(self.parameters.values(), gradients, strict=True):
             value.grad = gradient
         return loss.item(), dict(self.parameters)
 
-    def _recorded(self, batch: Minibatch, tensors: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-        """The function of the parameters and of a batch's tensors with the scales, compiled when it is called."""
+    def _record(self, batch: Minibatch, tensors: Sequence[Tensor], noise: Noise) -> None:
+        try:
+            with torch.random.fork_rng(devices=()), torch.no_grad():
+                graph = self._graph(batch, tensors)
+                self.draws = _drawn_apart(graph)
+                if not self.draws and noise.several and _drawn_in(graph):
+                    raise NotImplementedError("what is drawn depends on parameters, where processes draw apart")
+                inputs = [*self.parameters.values(), *tensors, *(each.make() for each in self.draws)]
+                in_cache = len(batch.index) * batch.measured.shape[-1] <= IN_CACHE
+                self.function = compiled_whole(graph, inputs, KEPT if in_cache else {})
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            warnings.warn(f"A step could not be compiled as a whole, so the fit is slower: {first}", stacklevel=3)
+            self.works = False
+
+    def _graph(self, batch: Minibatch, tensors: Sequence[Tensor]) -> fx.GraphModule:
+        """What a step does, a function of the parameters and of a batch's tensors with the scales."""
         names = tuple(_tensors_of(batch))
-        with torch.random.fork_rng(devices=()), recording():
-            with poutine.trace(param_only=True) as capture, torch.no_grad():
+        with recording():
+            with poutine.trace(param_only=True) as capture:
                 self._loss(batch, *tensors[-2:])
             sites = capture.trace.nodes
             self.parameters = {name: site["value"].unconstrained() for name, site in sites.items()}
@@ -83,14 +100,12 @@ class RecordedStep:
 
             def gradients(*inputs: Tensor) -> Sequence[Tensor]:
                 *of_batch, kl, penalty = inputs[len(values) :]
-                with torch.enable_grad():
+                with torch.enable_grad(), _Marking():
                     loss = self._loss(replace(cast(Any, batch), **dict(zip(names, of_batch, strict=True))), kl, penalty)
                     return [loss.detach(), *torch.autograd.grad(loss, values, materialize_grads=True)]
 
-            # By their identity: the tracer knows a parameter again, wherever the programs have it from.
-            graph = make_fx(gradients, tracing_mode="real")(*values, *tensors)
-        options = OPTIONS | (KEPT if len(batch.index) * batch.measured.shape[-1] <= IN_CACHE else {})
-        return torch.no_grad()(torch.compile(graph, dynamic=False, options=options))
+            graph = make_fx(gradients, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, *tensors)
+        return _of_arguments(graph, values)
 
     def _loss(self, batch: Minibatch, kl: Tensor, penalty: Tensor) -> Tensor:
         """The loss of the bound, of which `Trace_ELBO.differentiable_loss` takes numbers on its way."""
@@ -107,6 +122,89 @@ class RecordedStep:
 def can_be_recorded(elbo: ELBO) -> bool:
     """Whether it is the bound that is recorded."""
     return type(elbo) is Trace_ELBO and elbo.num_particles == 1
+
+
+def compiled_whole(
+    graph: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[str, Any]
+) -> Callable[..., Sequence[Tensor]]:
+    """`graph` compiled for tensors like `inputs`. It was traced, so that nobody need read its Python once more."""
+    # What is drawn inside, as it depends on parameters, are torch's own numbers, too.
+    patches = {**OPTIONS, "fallback_random": True, **options}
+    return torch._inductor.standalone_compile(
+        graph, list(inputs), dynamic_shapes="from_example_inputs", options={"config_patches": patches}
+    )
+
+
+def _of_arguments(module: fx.GraphModule, values: Sequence[Tensor]) -> fx.GraphModule:
+    """The graph with its first arguments in place of these tensors, which it has as they are from where programs do."""
+    arguments = module.graph.find_nodes(op="placeholder")
+    of_value = {id(value): node for value, node in zip(values, arguments, strict=False)}
+    for node in module.graph.find_nodes(op="get_attr"):
+        value = getattr(module, node.target)
+        argument = of_value.get(id(value))
+        if argument is None and value.requires_grad:
+            raise NotImplementedError("something is trained that is no parameter of Pyro's")
+        if argument is not None:
+            node.replace_all_uses_with(argument)
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+class _Marking(Messenger):
+    """Marks, in the graph that is recorded, what is done to draw sites of cells."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        self.before = len(_recorded_now().nodes)
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if drawn_of_cells(msg):
+            for node in islice(_recorded_now().nodes, self.before, None):
+                node.meta["of_cells"] = True
+
+
+def _recorded_now() -> fx.Graph:
+    mode = get_proxy_mode()
+    assert mode is not None
+    return mode.tracer.graph
+
+
+def _drawn_apart(module: fx.GraphModule) -> list[Draw]:
+    """Take what is drawn out of the graph, and make arguments of it; nothing where some of it depends on the others."""
+    drawn = _drawn_in(module)
+    if not all(map(_needs_nothing, drawn)):
+        return []
+    draws = [Draw(_by_itself(node, module), node.meta.get("of_cells", False)) for node in drawn]
+    last = module.graph.find_nodes(op="placeholder")[-1]
+    for node in drawn:
+        with module.graph.inserting_after(last):
+            last = module.graph.placeholder(f"of_{node.name}")
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return draws
+
+
+def _drawn_in(module: fx.GraphModule) -> list[fx.Node]:
+    calls = (node for node in module.graph.nodes if node.op == "call_function")
+    return [node for node in calls if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())]
+
+
+def _needs_nothing(node: fx.Node) -> bool:
+    return node.op == "call_function" and all(map(_needs_nothing, node.all_input_nodes))
+
+
+def _by_itself(node: fx.Node, module: fx.GraphModule) -> Callable[[], Tensor]:
+    """What computes `node`, which needs no argument."""
+
+    def copied(each: fx.Node) -> fx.Node:
+        return graph.node_copy(each, copied)
+
+    graph = fx.Graph()
+    graph.output(copied(node))
+    return fx.GraphModule(module, graph)
 
 
 def _tensors_of(batch: Minibatch) -> dict[str, Tensor]:

@@ -235,7 +235,8 @@ class _Loop:
         # All steps of the run, and not those that are left: going on has the bits of never having stopped.
         self.elements = self.epochs * self.n_train * self.cells.n_genes // self.team.size
         pays = worth_recording(self.epochs * self.n_batches, self.elements, cells.device)
-        records = pays and can_be_recorded(elbo) and not self.team.several
+        # Free bits are of the mean over all cells of a batch, for which processes ask one another.
+        records = pays and can_be_recorded(elbo) and not (self.team.several and settings.free_bits)
         self.recorded = RecordedStep(self.svi, self.warmup) if records else None
         # A copy: the run that is gone on with may be gone on with again.
         self.state = deepcopy(resume) if resume else Training(settings, plateau=Plateau(patience=settings.patience))
@@ -322,7 +323,9 @@ class _Loop:
         `weight` is the batch's share of what all processes have in this step.
         """
         before = noise.position()
-        own, values = (self.recorded and self.recorded(batch, step)) or self._loss_and_gradients(batch, step, noise)
+        own, values = (self.recorded and self.recorded(batch, step, noise)) or self._loss_and_gradients(
+            batch, step, noise
+        )
         loss = self.team.reduce(values.values(), own, weight)
         norm = nn.utils.get_total_norm([v.grad for v in values.values() if v.grad is not None])
         if not math.isfinite(loss) or not math.isfinite(norm.item()):

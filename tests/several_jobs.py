@@ -12,7 +12,9 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +29,7 @@ from torch.distributed import TCPStore
 
 import pyro_velo as pv
 import pyro_velo.api
-from pyro_velo import checkpoint, cli, processes, train
+from pyro_velo import checkpoint, cli, compiled, processes, recorded, train
 from pyro_velo.batch import Cells
 from pyro_velo.errors import FitError, InputError
 from pyro_velo.profiles import Profiles
@@ -157,6 +159,24 @@ def kept_fit(**options: Any) -> tuple[Training, list[Training]]:
     return small_fit(on_evaluation=kept.append, **options).training, kept
 
 
+def recorded_fit() -> Training:
+    """A fit whose steps are recorded, and run operation by operation, as to compile them takes long."""
+    kept = compiled.WORTH_FUSING, compiled.WORTH_RECORDING, recorded.compiled_whole
+    compiled.WORTH_FUSING = compiled.WORTH_RECORDING = 1
+    graphs: list[Any] = []
+    recorded.compiled_whole = lambda graph, *_: graphs.append(graph) or deepcopy(graph)
+    torch_compile, torch.compile = torch.compile, lambda function, **_: function
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fitted = small_fit().training
+    finally:
+        compiled.WORTH_FUSING, compiled.WORTH_RECORDING, recorded.compiled_whole = kept
+        torch.compile = torch_compile
+    assert len(graphs) == 1
+    return fitted
+
+
 def looks() -> list[float]:
     """What is seen of many held-out cells in several batches, at parameters that stay."""
     fitted = small_fit(settings=settings(learning_rate=1e-30, max_epochs=1, held_out=0.7, batch_size=4, beta=2.0))
@@ -214,6 +234,7 @@ def laws(folder: Path) -> None:
             "gradients": {name: gradients(*each) for name, each in EQUAL.items()},
             "draws": draws(),
             "fit": fitted,
+            "recorded": recorded_fit(),
             "saved": len(kept),
             "looks": looks(),
             "from one": small_fit(resume=checkpoint.load(folder / "one")[0]).training,

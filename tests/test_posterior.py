@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from typing import Any
 
 import numpy as np
 import pyro
@@ -11,12 +12,15 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from pyro import poutine
-from small import small_cells, small_fit
+from small import GUIDE, settings, small_cells, small_fit
+from test_fusing import VELOCITY, abundances, counted
 from tolerances import STANDARD_ERRORS
 
+import pyro_velo as pv
 from pyro_velo import posterior as module
 from pyro_velo.errors import InputError
 from pyro_velo.posterior import GOLDEN, directional_uncertainty, drawn_states, quantiles, summarise
+from pyro_velo.train import train
 
 DRAWS = 40
 LAYERS = ("velocity", "velocity_sd", "velocity_q05", "velocity_q95", "t", "t_sd", "u", "s")
@@ -205,6 +209,36 @@ def test_the_compiled_functions_say_the_same(fitted, cells, monkeypatch, over_st
         fused = summarise(fitted, cells, draws=DRAWS, over_states=over_states, progress=False)
     for name in (*LAYERS, "z", "uncertainty", "log_likelihood"):
         assert_allclose(getattr(fused, name), getattr(plain, name), rtol=2e-3, atol=2e-4)
+
+
+ALWAYS = ("tobit", "library")
+PARTS = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in VELOCITY]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_draw_is_compiled_in_one_piece(name, monkeypatch):
+    """In pieces it would pass over memory several times."""
+    model = pv.VelocityModel(n_latent=2, hidden=(8,), **{part: make() for part, make in VELOCITY[name].items()})
+    cells = (counted if model.likelihood.counts else abundances)(torch.float32)
+    fitted = train(model, GUIDE, cells, settings=settings(max_epochs=1), progress=False)
+    compile_with, graphs = torch.compile, list[Any]()
+    monkeypatch.setattr("pyro_velo.compiled.WORTH_COMPILING", 0)
+    monkeypatch.setattr("pyro_velo.compiled.shutil.which", lambda _: "g++")
+
+    def noted(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def read(function: Any, *, options: Any, **asked: Any) -> Any:
+        """As it is read for the compiler, and not compiled, which takes long."""
+        return compile_with(function, backend=noted, **asked)
+
+    monkeypatch.setattr(torch, "compile", read)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", "torch.compile failed")
+        summarise(fitted, cells, draws=3, progress=False)
+    assert len(graphs) == 1
 
 
 def test_a_drawn_state_has_its_posterior_probability():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,14 @@ def test_two_processes_fit_as_well_as_one(both):
     one, two = small_fit().training.history, both[0]["fit"].history
     gained = one.held_out[-1] - one.held_out[0]
     assert abs(two.held_out[-1] - one.held_out[-1]) < 0.2 * gained
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, without which nothing is recorded")
+def test_two_processes_that_record_their_steps_find_what_they_find_plain(both):
+    plain, (here, there) = both[0]["fit"].history, (each["recorded"] for each in both)
+    assert differing(here, there) == []
+    assert here.history.train == pytest.approx(plain.train, rel=1e-4)
+    assert here.history.held_out == pytest.approx(plain.held_out, rel=1e-4)
 
 
 # Going on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pyro
@@ -22,9 +23,11 @@ from pyro_velo.compiled import compiling, fuses, recording, worth_recording
 from pyro_velo.encoders import Encoder
 from pyro_velo.forensics import NonFiniteError
 from pyro_velo.models.vae import VAE
+from pyro_velo.processes import ALONE, Noise, Team
 from pyro_velo.profiles import Profiles
 from pyro_velo.recorded import RecordedStep, can_be_recorded
 from pyro_velo.schedule import Warmup
+from pyro_velo.states import Dirichlet
 from pyro_velo.train import Training, apart, per_cell
 
 pytestmark = [
@@ -36,7 +39,11 @@ pytestmark = [
 
 @pytest.fixture
 def as_it_is(monkeypatch) -> None:
-    """What is recorded is run operation by operation, and not compiled, which takes long."""
+    """What is recorded is run operation by operation, and not compiled, which takes long.
+
+    A copy, as what is compiled is: a parameter that it had as a number would stay what it is.
+    """
+    monkeypatch.setattr(recorded, "compiled_whole", lambda graph, *_: deepcopy(graph))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
@@ -47,7 +54,17 @@ def always(monkeypatch) -> None:
     monkeypatch.setattr(compiled, "WORTH_RECORDING", 1)
 
 
-def assert_the_same(cells: Any, model: Any, guide: Any, tolerance: float, warmup: Warmup | None = None) -> None:
+def noise(seed: int = 0, team: Team = ALONE) -> Noise:
+    """The random numbers of a process."""
+    return Noise(team, seed, torch.device("cpu"))
+
+
+SECOND = Team(1, 2)
+
+
+def assert_the_same(
+    cells: Any, model: Any, guide: Any, tolerance: float, warmup: Warmup | None = None, team: Team = ALONE
+) -> RecordedStep:
     """Over three steps with other batches, weights and parameters, of which the first is recorded."""
     warmup = warmup or Warmup(3)
     with apart(cells, 0):
@@ -57,23 +74,33 @@ def assert_the_same(cells: Any, model: Any, guide: Any, tolerance: float, warmup
         svi.loss(svi.model, svi.guide, batches[0])
         whole = RecordedStep(svi, warmup)
         for step, batch in enumerate(batches):
-            torch.manual_seed(step)
-            with warmup.at(step), poutine.trace(param_only=True) as capture:
+            drawn = noise(step, team)
+            start = drawn.position()
+            with warmup.at(step), poutine.trace(param_only=True) as capture, drawn:
                 loss = svi.loss_and_grads(svi.model, svi.guide, batch)
             values = {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
             expected = {name: value.grad for name, value in values.items()}
             for value in values.values():
                 value.grad = None
-            torch.manual_seed(step)
-            told = whole(batch, step)
+            ended = drawn.position()
+            drawn.back_to(start)
+            told = whole(batch, step, drawn)
+            assert_positions(drawn.position(), ended)
             assert told is not None and told[0] == pytest.approx(loss, rel=tolerance)
-            assert told[1].keys() == expected.keys() and all(told[1][name] is value for name, value in values.items())
+            assert list(told[1]) == list(expected) and all(told[1][name] is value for name, value in values.items())
             for name, value in values.items():
                 wanted = torch.zeros_like(value) if expected[name] is None else expected[name]
                 assert value.grad is not None
                 assert (value.grad - wanted).abs().max() <= tolerance * wanted.abs().max(), name
                 value.data.sub_(0.01 * value.grad.clamp(-1, 1))
                 value.grad = None
+        return whole
+
+
+def assert_positions(found: Any, expected: Any) -> None:
+    """All generators stand where they stood."""
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
 
 
 ALWAYS = ("tobit", "library")
@@ -85,6 +112,33 @@ def test_a_recorded_step_of_velocity_is_the_plain_one(name, double, as_it_is):
     made = {part: make() for part, make in VELOCITY[name].items()}
     model = pv.VelocityModel(n_latent=2, hidden=(8,), **made)
     assert_the_same((counted if model.likelihood.counts else abundances)(torch.float64), model, GUIDE, 1e-9)
+
+
+def test_one_of_several_processes_draws_of_cells_what_is_its_own(double, as_it_is):
+    model = pv.VelocityModel(n_latent=2, hidden=(8,))
+    step = assert_the_same(abundances(torch.float64), model, GUIDE, 1e-9, team=SECOND)
+    assert [draw.of_cells for draw in step.draws].count(True) == 1, "z, and the sites of genes are shared"
+    assert len(step.draws) > 1
+
+
+SAMPLED = {"n_latent": 2, "hidden": (8,), "states": Dirichlet()}
+
+
+def test_what_is_drawn_by_parameters_is_drawn_inside(double, as_it_is):
+    step = assert_the_same(abundances(torch.float64), pv.VelocityModel(**SAMPLED), GUIDE, 1e-9)
+    assert step.draws == []
+
+
+def test_what_several_processes_cannot_draw_apart_is_left_to_plain_steps(double, as_it_is):
+    cells = abundances(torch.float64)
+    with apart(cells, 0):
+        program = pv.VelocityModel(**SAMPLED).build(cells)
+        step = RecordedStep(SVI(program, GUIDE(program), ClippedAdam({}), Trace_ELBO()), Warmup(0))
+        drawn = noise(0, SECOND)
+        start = drawn.position()
+        with pytest.warns(UserWarning, match="is slower: what is drawn depends on parameters, where processes"):
+            assert step(cells.batch(torch.arange(5)), 0, drawn) is None
+        assert_positions(drawn.position(), start)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +188,11 @@ def looked(batch: Any) -> None:
 def test_what_cannot_be_recorded_is_said_once_and_left_to_plain_steps(model, decides, as_it_is):
     with apart(small_cells(), 0):
         step = RecordedStep(SVI(model, Picking(decides), ClippedAdam({}), Trace_ELBO()), Warmup(0))
+        drawn = noise()
         state = torch.get_rng_state()
         with pytest.warns(UserWarning, match="could not be compiled as a whole, so the fit is slower"):
-            assert step(small_cells().batch(torch.arange(5)), 0) is None
-        assert not step.works and step(small_cells().batch(torch.arange(5)), 1) is None
+            assert step(small_cells().batch(torch.arange(5)), 0, drawn) is None
+        assert not step.works and step(small_cells().batch(torch.arange(5)), 1, drawn) is None
         assert torch.equal(torch.get_rng_state(), state), "the plain step draws what it would have drawn"
 
 
@@ -166,11 +221,11 @@ def test_a_fit_that_cannot_be_compiled_goes_on_as_it_would_have(always, monkeypa
 
 
 def test_a_gene_is_blamed_by_name_where_a_recorded_step_has_no_number(as_it_is, always, monkeypatch):
-    def poisoned(self: RecordedStep, batch: Any, step: int) -> Any:
+    def poisoned(self: RecordedStep, batch: Any, step: int, noise: Noise) -> Any:
         if step == 7:
             with torch.no_grad():
                 next(value for name, value in self.parameters.items() if name.endswith("locs.alpha"))[2] = torch.nan
-        return original(self, batch, step)
+        return original(self, batch, step, noise)
 
     original: Callable[..., Any] = RecordedStep.__call__
     monkeypatch.setattr(RecordedStep, "__call__", poisoned)
@@ -184,7 +239,6 @@ def test_it_is_recorded_where_it_pays_and_for_the_bound_it_knows():
     assert not worth_recording(compiled.WORTH_RECORDING - 1, much, cpu)
     assert not worth_recording(compiled.WORTH_RECORDING, much - 1, cpu)
     assert not worth_recording(compiled.WORTH_RECORDING, much, torch.device("cuda"))
-    assert not worth_recording(1000, 1000 * compiled.RECORDED_AT_MOST + 1, cpu)
     assert can_be_recorded(Trace_ELBO())
     assert not can_be_recorded(Trace_ELBO(num_particles=2)) and not can_be_recorded(TraceMeanField_ELBO())
 
