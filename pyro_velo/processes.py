@@ -130,6 +130,10 @@ class Team:
             torch_processes.all_gather_object(found, mine)
         return found
 
+    def first(self, mine: Value | None) -> Value | None:
+        """What the first process says that has something to say."""
+        return next((each for each in self.gathered(mine) if each is not None), None)
+
     def start_alike(self, parameters: Mapping[str, Tensor]) -> None:
         """Give every process the first one's parameters, in place.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -18,18 +18,17 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, SVI, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.util import torch_item
+from pyro.infer import ELBO, SVI, Trace_ELBO
 from pyro.optim import ClippedAdam
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Data, Minibatch
-from pyro_velo.compiled import fusing, pays, worth_recording
-from pyro_velo.doctor.terms import draws_together, terms_of
+from pyro_velo.compiled import fusing, worth_recording
 from pyro_velo.errors import InputError
-from pyro_velo.forensics import Culprit, NonFiniteError, blame
+from pyro_velo.forensics import NonFiniteError, blame
 from pyro_velo.history import History as History
+from pyro_velo.looks import Looks, how_taken_apart, own_noise
 from pyro_velo.memory import keep_freed
 from pyro_velo.models.base import Model
 from pyro_velo.optimizer import step_together
@@ -193,18 +192,10 @@ def apart(cells: Data, seed: int) -> Iterator[dict]:
     """A param store, random numbers from `seed` and no validation, until it ends; yields the store's state."""
     keep_freed()
     store_apart, unchecked = pyro.get_param_store().scope(), pyro.validation_enabled(False)
-    with store_apart as store, _own_noise(cells, seed), unchecked, warnings.catch_warnings():
+    with store_apart as store, own_noise(cells.device, seed), unchecked, warnings.catch_warnings():
         # Pyro warns of a NaN loss and goes on; here it is an error, which says more.
         warnings.filterwarnings("ignore", "Encountered (NaN|infinity)", UserWarning)
         yield store
-
-
-@contextmanager
-def _own_noise(cells: Data, seed: int) -> Iterator[None]:
-    """Random numbers from `seed`; afterwards the generators go on as if nothing had been drawn."""
-    with torch.random.fork_rng([cells.device] if cells.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 class _Loop:
@@ -220,7 +211,8 @@ class _Loop:
         resume: Training | None,
         team: Team = ALONE,
     ) -> None:
-        self.program, self.guide, self.cells, self.settings, self.team = program, guide, cells, settings, team
+        self.program, self.guide, self.elbo, self.team = program, guide, elbo, team
+        self.cells, self.settings = cells, settings
         self.train_index, self.held_index = split(len(cells), settings.held_out, settings.seed)
         self.n_train = len(self.train_index)
         self.n_batches = max(1, math.ceil(self.n_train / settings.batch_size))
@@ -229,8 +221,6 @@ class _Loop:
         self.warmup = _warmup(settings, self.epochs, self.n_batches)
         self.optimizer = ClippedAdam({"lr": settings.learning_rate, "clip_norm": settings.clip})
         self.svi = SVI(per_cell(program, self.n_train), per_cell(guide, self.n_train), self.optimizer, elbo)
-        self.closed = type(elbo) is TraceMeanField_ELBO
-        self.has_terms = type(elbo) in (Trace_ELBO, TraceMeanField_ELBO) and elbo.num_particles == 1
         self.team.check_suits(elbo, self.n_train // self.n_batches)
         # All steps of the run, and not those that are left: going on has the bits of never having stopped.
         self.elements = self.epochs * self.n_train * self.cells.n_genes // self.team.size
@@ -276,18 +266,25 @@ class _Loop:
         """Cells x genes that go through what is compiled in parts: all steps, or where they are recorded the looks."""
         if self.recorded is None or not self.recorded.works:
             return self.elements
-        looked_at = 2 * (len(self.held_index) or self.n_train)
-        return self.epochs // self.evaluate_every * looked_at * self.cells.n_genes
+        return self.epochs // self.evaluate_every * self.looks.n_cells * self.cells.n_genes
 
     def _create_parameters(self) -> None:
         """Run one batch, because guides create parameters lazily; then put the parameters of a resumed run in place."""
         batch = self.cells.batch(self._on_device(self.train_index[: self.settings.batch_size]), self.n_train)
         with torch.no_grad(), LastingPenalties() as lasting:
             self.svi.loss(self.svi.model, self.svi.guide, batch)
-        self.ends_with_elbo = self.warmup.ends_with_elbo and not lasting.names
-        if self.closed and self.has_terms:
-            with torch.no_grad():
-                self.has_terms = not draws_together(self.svi.guide, self.svi.model, batch)
+        self.looks = Looks(
+            self.svi,
+            self.cells,
+            self._on_device(self.train_index),
+            self._on_device(self.held_index),
+            self.settings.batch_size,
+            self.settings.seed,
+            self.warmup,
+            ends_with_elbo=self.warmup.ends_with_elbo and not lasting.names,
+            terms=how_taken_apart(self.elbo, self.svi, batch),
+            team=self.team,
+        )
         self.team.agree("the epoch to go on from", self.state.epoch)
         store = pyro.get_param_store()
         if self.state.parameters:
@@ -332,7 +329,7 @@ class _Loop:
             noise.back_to(before)
             with self.warmup.at(step, self.team.mean), noise:
                 mine = blame(self.svi.model, self.svi.guide, batch, values)
-            raise NonFiniteError(self._first(None if math.isfinite(own) else mine) or mine, step=step)
+            raise NonFiniteError(self.team.first(None if math.isfinite(own) else mine) or mine, step=step)
         step_together(self.optimizer, values.values())
         for value in values.values():
             # Not zeros, to which the next gradients would be added.
@@ -345,83 +342,12 @@ class _Loop:
             loss = self.svi.loss_and_grads(self.svi.model, self.svi.guide, batch)
         return loss, {name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()}
 
-    def _first(self, mine: Culprit | None) -> Culprit | None:
-        """What the first process says that has something to say."""
-        return next((culprit for culprit in self.team.gathered(mine) if culprit is not None), None)
-
     def _look(self, step: int) -> tuple[float, float]:
         """The ELBO per held-out cell at weight 1, and the objective that the schedule ends with."""
-        own: dict[str, float] = {}
-        with self.warmup.done():
-            elbo = self._held_out(step, lambda batch, share: self._loss(batch, own, share))
-        if self.has_terms:
-            terms = self._summed(own)
-            self.state.history.note_terms("held_out", terms)
-            self.state.history.note_terms("train", self._train_terms() if len(self.held_index) else terms)
-        if self.ends_with_elbo:
-            return elbo, elbo
-        with self.warmup.settled_at():
-            return elbo, self._held_out(step, lambda batch, _: self.svi.loss(self.svi.model, self.svi.guide, batch))
-
-    def _held_out(self, step: int, loss_of: Callable[[Minibatch, float], float]) -> float:
-        """The mean over held-out cells of what is climbed, with the same noise every time: looks can be compared."""
-        index, total, culprit = self.held_index if len(self.held_index) else self.train_index, 0.0, None
-        parts = self._on_device(index).split(self.settings.batch_size)
-        for i, batch in self._turns(parts):
-            with self._looking(i):
-                loss = loss_of(batch, len(batch.index) / len(index))
-                if not math.isfinite(loss) and culprit is None:
-                    culprit = blame(self.svi.model, self.svi.guide, batch, {})
-                total += len(batch.index) * loss
-        culprit = self._first(culprit)
-        if culprit is not None:
-            raise NonFiniteError(culprit, step=step)
-        return -sum(self.team.gathered(total)) / len(index)
-
-    def _turns(self, parts: Sequence[Tensor]) -> Iterator[tuple[int, Minibatch]]:
-        """The batches of a look that are this process's, each with its number."""
-        turns = self.team.turns(len(parts))
-        return zip(turns, self.cells.read([parts[i] for i in turns], self.n_train), strict=True)
-
-    @contextmanager
-    def _looking(self, i: int) -> Iterator[None]:
-        """With the noise of the i-th batch of a look, whichever process looks at it, and without gradients.
-
-        But where steps are fused: what is compiled for them serves a look, too, and no gradient is asked for.
-        """
-        with _own_noise(self.cells, self.settings.seed + i), torch.set_grad_enabled(pays()):
-            yield
-
-    def _loss(self, batch: Minibatch, terms: dict[str, float], share: float) -> float:
-        """The loss per cell of a batch, whose terms are added to the others with its share."""
-        if not self.has_terms:
-            return self.svi.loss(self.svi.model, self.svi.guide, batch)
-        # As the ELBO's own `loss` has it (`Trace_ELBO`'s to the bit), with the traces that it is made of.
-        guide = poutine.trace(self.svi.guide).get_trace(batch)
-        model = poutine.trace(poutine.replay(self.svi.model, trace=guide)).get_trace(batch)
-        model.compute_log_prob()
-        guide.compute_log_prob()
-        found = terms_of(guide, model, closed=self.closed)
-        for term in found.grouped().terms:
-            terms[term.name] = terms.get(term.name, 0.0) + share * term.value.item()
-        if self.closed:
-            return -torch_item(found.total)
-        return torch_item(guide.log_prob_sum()) - torch_item(model.log_prob_sum())
-
-    def _train_terms(self) -> dict[str, float]:
-        """The terms of as many training cells as are held out, with the same noise every time."""
-        index, terms = self.train_index[: len(self.held_index)], dict[str, float]()
-        n_batches = max(1, round(len(index) / self.settings.batch_size))
-        parts = self._on_device(index).tensor_split(n_batches)
-        for i, batch in self._turns(parts):
-            with self._looking(i), self.warmup.done():
-                self._loss(batch, terms, len(batch.index) / len(index))
-        return self._summed(terms)
-
-    def _summed(self, terms: dict[str, float]) -> dict[str, float]:
-        """The terms of all processes' batches; the first one has looked at some."""
-        found = self.team.gathered(terms)
-        return {name: sum(each.get(name, 0.0) for each in found) for name in found[0]}
+        elbo, objective, terms = self.looks.take(step)
+        for cells, found in terms.items():
+            self.state.history.note_terms(cells, found)
+        return elbo, objective
 
     def _note(self, train_elbo: float, held_out: float, objective: float, kl_weight: float) -> None:
         """Write the epoch down, keep the parameters if they are the best, lower the learning rate when it is time."""

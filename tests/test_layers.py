@@ -42,7 +42,8 @@ LAYERS: dict[int, set[str]] = {
     },
     2: {"models", "rates", "guides", "encoders"},
     3: {
-        *("train", "schedule", "recorded", "forensics", "checkpoint", "posterior", "refinement", "evidence", "nuts"),
+        *("train", "schedule", "recorded", "looks", "forensics", "checkpoint"),
+        *("posterior", "refinement", "evidence", "nuts"),
         *("coupling", "coupled_rates", "cell_scores"),
         *("consensus", "curve_information", "rescaled_rates", "time_units"),
         *("history", "doctor", "doctor.terms"),
@@ -83,7 +84,10 @@ SIDEWAYS = {
     ("train", "forensics"),
     ("train", "history"),
     # What a bound is made of, which every fit writes down; the rest of the doctor looks at fits.
-    ("train", "doctor.terms"),
+    ("looks", "doctor.terms"),
+    ("looks", "forensics"),
+    ("looks", "schedule"),
+    ("train", "looks"),
     ("doctor.terms", "schedule"),
     ("doctor", "checkpoint"),
     ("doctor", "doctor.terms"),
