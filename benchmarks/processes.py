@@ -89,7 +89,8 @@ def measured(team: Any, what: str, cells: Any, batch: int, steps: int, *, compil
         elbo = Trace_ELBO() if velocity else TraceMeanField_ELBO()
         loop = _Loop(program, guide(program), cells, settings, elbo, None, team)
         loop.recorded = loop.recorded if compiled else None
-        parts = loop.train_index.tensor_split(loop.n_batches)
+        size = loop.n_train // loop.n_batches
+        parts = loop.train_index[: size * loop.n_batches].split(size)
         found: dict[str, list[float]] = {"step": []}
         for number in range(steps + 2):
             part = parts[number % len(parts)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -67,6 +68,21 @@ class Data(Protocol):
 
     def batches(self, index: Tensor, size: int, n_cells: int | None = None) -> Iterator[Minibatch]:
         """The cells at `index`, in that order, `size` at a time; the last batch may be smaller."""
+
+
+def part_size(n_cells: int, size: int) -> int:
+    """The size of equal parts of `n_cells`, of about `size` cells each."""
+    return math.ceil(n_cells / math.ceil(n_cells / max(1, size)))
+
+
+def equal_parts(n_cells: int, size: int) -> Iterator[tuple[Tensor, int]]:
+    """Indices of about `size` cells, and how many of them are new: the last part is filled up with the last cell.
+
+    All parts have one size, for which functions are compiled once.
+    """
+    size = part_size(n_cells, size)
+    for start in range(0, n_cells, size):
+        yield torch.arange(start, start + size).clamp_max(n_cells - 1), min(size, n_cells - start)
 
 
 AnyBatch = TypeVar("AnyBatch", bound=Minibatch)

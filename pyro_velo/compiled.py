@@ -25,6 +25,9 @@ WORTH_FUSING = 120_000_000
 WORTH_RECORDING = 500
 """Steps from which recording one pays, where fusing does: it takes some 30 s, and 4 with torch's cache on disk."""
 
+WORTH_LOOKING = 20_000_000
+"""Cells x genes x looks, from which recording a look pays (on two cores)."""
+
 OPERATIONS_AT_ONCE = 1000
 """What a function may do in one pass over memory: torch's 64 breaks a draw into several, with arrays between them."""
 
@@ -84,6 +87,11 @@ def recording() -> Iterator[None]:
 def worth_recording(steps: int, elements: int, device: torch.device) -> bool:
     """Whether that pays for whole steps, of which all together go through `elements` (as in `fusing`)."""
     return steps >= WORTH_RECORDING and _worth(elements, WORTH_FUSING, device)
+
+
+def worth_looking(elements: int, device: torch.device) -> bool:
+    """Whether recording pays for looks at held-out cells, which go through `elements`."""
+    return _worth(elements, WORTH_LOOKING, device)
 
 
 def compiling() -> bool:

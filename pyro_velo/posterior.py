@@ -8,7 +8,7 @@ $p(k \mid u, s) \propto \pi_k\, p(u \mid k)\, p(s \mid k)$.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
@@ -21,7 +21,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_velo.batch import Batch
+from pyro_velo.batch import Batch, equal_parts
 from pyro_velo.compiled import compiled, compiling
 from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
@@ -215,21 +215,6 @@ def draw_rates(fitted: Fitted, cells: AnyCells, draws: int) -> list[dict[str, Te
         }
         taken.append(shared)
     return taken
-
-
-def part_size(n_cells: int, size: int) -> int:
-    """The size of equal parts of `n_cells`, of about `size` cells each."""
-    return math.ceil(n_cells / math.ceil(n_cells / max(1, size)))
-
-
-def equal_parts(n_cells: int, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Indices of about `size` cells, and how many of them are new: the last part is filled up with the last cell.
-
-    All parts have one size, for which functions are compiled once.
-    """
-    size = part_size(n_cells, size)
-    for start in range(0, n_cells, size):
-        yield torch.arange(start, start + size).clamp_max(n_cells - 1), min(size, n_cells - start)
 
 
 def _draw_batch(

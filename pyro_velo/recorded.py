@@ -1,4 +1,4 @@
-r"""A step's loss and gradients, recorded once as one function of tensors and compiled as a whole.
+r"""A step's loss and gradients, or a look's terms, recorded once as one function of tensors and compiled as a whole.
 
 Of a step on a few hundred genes more than half is not arithmetic on cells: Pyro's handlers, hundreds of small
 operations on what the genes have of their own, and autograd's way back through them (benchmarks/step.md). All of it is
@@ -21,11 +21,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, SVI, Trace_ELBO
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO, SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.util import is_identically_zero
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, fx
+from torch.distributions import kl_divergence
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from pyro_velo.batch import Minibatch
@@ -46,32 +49,31 @@ class Draw(NamedTuple):
     of_cells: bool
 
 
-class RecordedStep:
-    """The loss and the gradients of `Trace_ELBO` for batches of one size, which the first one decides.
+class Recorded:
+    """What `compute` makes of a batch and of numbers, for batches of one size, which the first one decides.
 
-    The model and the guide may not decide anything by what their tensors hold, and every site of the guide must be
-    reparametrised. Where that is not so, or no compiler works, it says so once, and `works` is False from then on.
+    `compute` may not decide anything by what tensors hold. With `slopes` its only result is a loss, after which come
+    the gradients of all parameters. Where it can't be recorded, or no compiler works, it says so once, of
+    `what`, and `works` is False from then on.
     """
 
-    def __init__(self, svi: SVI, warmup: Warmup) -> None:
-        self.svi, self.warmup, self.works = svi, warmup, True
+    def __init__(self, compute: Callable[..., Sequence[Tensor]], what: str, *, slopes: bool) -> None:
+        self.compute, self.what, self.slopes, self.works = compute, what, slopes, True
         self.parameters: dict[str, Tensor] = {}
         self.draws: list[Draw] = []
         self.function: Callable[..., Sequence[Tensor]] | None = None
+        self.size = 0
 
-    def __call__(self, batch: Minibatch, step: int, noise: Noise) -> tuple[float, dict[str, Tensor]] | None:
-        """The loss of `batch`, and the parameters by name, unconstrained, with their gradients; None where it can't."""
-        tensors = [*_tensors_of(batch).values(), *map(torch.tensor, self.warmup.scales(step))]
+    def __call__(self, batch: Minibatch, numbers: Sequence[float], noise: Noise) -> list[Tensor] | None:
+        """The results, drawn by `noise`; None where it can't, and for a batch of another size."""
+        tensors = [*_tensors_of(batch).values(), *map(torch.tensor, numbers)]
         if self.works and self.function is None:
             self._record(batch, tensors, noise)
-        if self.function is None:
+        if self.function is None or len(batch.index) != self.size:
             return None
         drawn = [noise.draw(*each) for each in self.draws]
         with torch.no_grad():
-            loss, *gradients = self.function(*self.parameters.values(), *tensors, *drawn)
-        for value, gradient in zip(self.parameters.values(), gradients, strict=True):
-            value.grad = gradient
-        return loss.item(), dict(self.parameters)
+            return list(self.function(*self.parameters.values(), *tensors, *drawn))
 
     def _record(self, batch: Minibatch, tensors: Sequence[Tensor], noise: Noise) -> None:
         try:
@@ -82,46 +84,110 @@ class RecordedStep:
                     raise NotImplementedError("what is drawn depends on parameters, where processes draw apart")
                 inputs = [*self.parameters.values(), *tensors, *(each.make() for each in self.draws)]
                 in_cache = len(batch.index) * batch.measured.shape[-1] <= IN_CACHE
-                self.function = compiled_whole(graph, inputs, KEPT if in_cache else {})
+                self.function = compiled_whole(graph, inputs, KEPT if in_cache and self.slopes else {})
+                self.size = len(batch.index)
         except Exception as error:
             first = str(error).strip().partition("\n")[0]
-            warnings.warn(f"A step could not be compiled as a whole, so the fit is slower: {first}", stacklevel=3)
+            warnings.warn(f"{self.what} could not be compiled as a whole, so the fit is slower: {first}", stacklevel=3)
             self.works = False
 
     def _graph(self, batch: Minibatch, tensors: Sequence[Tensor]) -> fx.GraphModule:
-        """What a step does, a function of the parameters and of a batch's tensors with the scales."""
+        """What is done, a function of the parameters and of a batch's tensors with the numbers."""
         names = tuple(_tensors_of(batch))
         with recording():
             with poutine.trace(param_only=True) as capture:
-                self._loss(batch, *tensors[-2:])
+                self.compute(batch, *tensors[len(names) :])
             sites = capture.trace.nodes
             self.parameters = {name: site["value"].unconstrained() for name, site in sites.items()}
             values = list(self.parameters.values())
 
-            def gradients(*inputs: Tensor) -> Sequence[Tensor]:
-                *of_batch, kl, penalty = inputs[len(values) :]
-                with torch.enable_grad(), _Marking():
-                    loss = self._loss(replace(cast(Any, batch), **dict(zip(names, of_batch, strict=True))), kl, penalty)
+            def results(*inputs: Tensor) -> Sequence[Tensor]:
+                of_batch = dict(zip(names, inputs[len(values) :], strict=False))
+                numbers = inputs[len(values) + len(names) :]
+                with torch.set_grad_enabled(self.slopes), _Marking():
+                    found = self.compute(replace(cast(Any, batch), **of_batch), *numbers)
+                    if not self.slopes:
+                        return found
+                    (loss,) = found
                     return [loss.detach(), *torch.autograd.grad(loss, values, materialize_grads=True)]
 
-            graph = make_fx(gradients, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, *tensors)
+            graph = make_fx(results, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, *tensors)
         return _of_arguments(graph, values)
 
-    def _loss(self, batch: Minibatch, kl: Tensor, penalty: Tensor) -> Tensor:
-        """The loss of the bound, of which `Trace_ELBO.differentiable_loss` takes numbers on its way."""
+
+class RecordedStep:
+    """The loss and the gradients of one of `BOUNDS`; every site of the guide must be reparametrised."""
+
+    def __init__(self, elbo: ELBO, svi: SVI, warmup: Warmup) -> None:
+        self.loss_of, self.svi, self.warmup = BOUNDS[type(elbo)], svi, warmup
+        self.recorded = Recorded(self._loss, "A step", slopes=True)
+
+    @property
+    def works(self) -> bool:
+        """Whether it could be recorded, as far as is known."""
+        return self.recorded.works
+
+    def __call__(self, batch: Minibatch, step: int, noise: Noise) -> tuple[float, dict[str, Tensor]] | None:
+        """The loss of `batch`, and the parameters by name, unconstrained, with their gradients; None where it can't."""
+        found = self.recorded(batch, self.warmup.scales(step), noise)
+        if found is None:
+            return None
+        loss, *gradients = found
+        for value, gradient in zip(self.recorded.parameters.values(), gradients, strict=True):
+            value.grad = gradient
+        return loss.item(), dict(self.recorded.parameters)
+
+    def _loss(self, batch: Minibatch, kl: Tensor, penalty: Tensor) -> Sequence[Tensor]:
         with self.warmup.scaled(kl, penalty):
             model, guide = get_importance_trace("flat", math.inf, self.svi.model, self.svi.guide, (batch,), {})
-        of_model = [site["log_prob_sum"] for site in model.nodes.values() if site["type"] == "sample"]
-        of_guide = [site["score_parts"] for site in guide.nodes.values() if site["type"] == "sample"]
-        if not all(is_identically_zero(parts.score_function) for parts in of_guide):
+        sites = [site for site in guide.nodes.values() if site["type"] == "sample"]
+        if not all(is_identically_zero(site["score_parts"].score_function) for site in sites):
             raise NotImplementedError("a site of the guide is not reparametrised")
-        entropies = [parts.entropy_term.sum() for parts in of_guide if not is_identically_zero(parts.entropy_term)]
-        return reduce(torch.add, entropies) - reduce(torch.add, of_model)
+        return [self.loss_of(model, guide)]
 
 
 def can_be_recorded(elbo: ELBO) -> bool:
-    """Whether it is the bound that is recorded."""
-    return type(elbo) is Trace_ELBO and elbo.num_particles == 1
+    """Whether it is a bound that is recorded."""
+    return type(elbo) in BOUNDS and elbo.num_particles == 1
+
+
+def _by_draws(model: Trace, guide: Trace) -> Tensor:
+    """The loss of `Trace_ELBO`, whose `differentiable_loss` takes numbers on its way."""
+    log_p = [site["log_prob_sum"] for site in model.nodes.values() if site["type"] == "sample"]
+    return sum(map(_entropy, guide.nodes.values())) - reduce(torch.add, log_p)
+
+
+def _in_closed_form(model: Trace, guide: Trace) -> Tensor:
+    """The loss of `TraceMeanField_ELBO`, for which the same holds: KLs in closed form, where there is one."""
+    cost = sum(_entropy(site) for name, site in guide.nodes.items() if name not in model.nodes)
+    for name, site in model.nodes.items():
+        if site["type"] != "sample":
+            continue
+        if site["is_observed"]:
+            cost = cost - site["log_prob_sum"]
+            continue
+        q = guide.nodes[name]
+        try:
+            kl = scale_and_mask(kl_divergence(q["fn"], site["fn"]), q["scale"], q["mask"])
+            # Of masked sites Pyro gives a plain 0.
+            cost = cost + (kl.sum() if isinstance(kl, Tensor) else kl * q["fn"].batch_shape.numel())
+        except NotImplementedError:
+            cost = cost + _entropy(q) - site["log_prob_sum"]
+    return torch.as_tensor(cost)
+
+
+def _entropy(site: dict[str, Any]) -> Tensor | float:
+    """What a site of a guide adds to the loss."""
+    if site["type"] != "sample" or is_identically_zero(term := site["score_parts"].entropy_term):
+        return 0.0
+    return term.sum()
+
+
+BOUNDS: dict[type[ELBO], Callable[[Trace, Trace], Tensor]] = {
+    Trace_ELBO: _by_draws,
+    TraceMeanField_ELBO: _in_closed_form,
+}
+"""The bounds that are recorded, and how their loss is read off traces of model and guide."""
 
 
 def compiled_whole(

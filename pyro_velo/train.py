@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Data, Minibatch
-from pyro_velo.compiled import fusing, worth_recording
+from pyro_velo.compiled import fusing, worth_looking, worth_recording
 from pyro_velo.errors import InputError
 from pyro_velo.forensics import NonFiniteError, blame
 from pyro_velo.history import History as History
@@ -227,7 +227,7 @@ class _Loop:
         pays = worth_recording(self.epochs * self.n_batches, self.elements, cells.device)
         # Free bits are of the mean over all cells of a batch, for which processes ask one another.
         records = pays and can_be_recorded(elbo) and not (self.team.several and settings.free_bits)
-        self.recorded = RecordedStep(self.svi, self.warmup) if records else None
+        self.recorded = RecordedStep(elbo, self.svi, self.warmup) if records else None
         # A copy: the run that is gone on with may be gone on with again.
         self.state = deepcopy(resume) if resume else Training(settings, plateau=Plateau(patience=settings.patience))
         self.state.settings = settings
@@ -266,7 +266,11 @@ class _Loop:
         """Cells x genes that go through what is compiled in parts: all steps, or where they are recorded the looks."""
         if self.recorded is None or not self.recorded.works:
             return self.elements
-        return self.epochs // self.evaluate_every * self.looks.n_cells * self.cells.n_genes
+        return self._looked_at(self.looks.plain_cells)
+
+    def _looked_at(self, cells: int) -> int:
+        """Cells x genes of all looks, each at so many cells."""
+        return self.epochs // self.evaluate_every * cells * self.cells.n_genes
 
     def _create_parameters(self) -> None:
         """Run one batch, because guides create parameters lazily; then put the parameters of a resumed run in place."""
@@ -285,6 +289,8 @@ class _Loop:
             terms=how_taken_apart(self.elbo, self.svi, batch),
             team=self.team,
         )
+        looked_at = self._looked_at(self.looks.plain_cells)
+        self.looks.records = self.recorded is not None and worth_looking(looked_at, self.cells.device)
         self.team.agree("the epoch to go on from", self.state.epoch)
         store = pyro.get_param_store()
         if self.state.parameters:

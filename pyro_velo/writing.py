@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyro_velo import embedding
-from pyro_velo.batch import Batch
+from pyro_velo.batch import Batch, part_size
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data.bridge import (
     LAYER_OF,
@@ -37,7 +37,6 @@ from pyro_velo.posterior import (
     OverStates,
     moments_of,
     of_batch,
-    part_size,
     stream,
     with_library,
 )

@@ -86,6 +86,7 @@ SIDEWAYS = {
     # What a bound is made of, which every fit writes down; the rest of the doctor looks at fits.
     ("looks", "doctor.terms"),
     ("looks", "forensics"),
+    ("looks", "recorded"),
     ("looks", "schedule"),
     ("train", "looks"),
     ("doctor.terms", "schedule"),

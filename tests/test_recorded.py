@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import ClippedAdam
 from small import GUIDE, differing, settings, small_cells, small_fit
 from test_fusing import VELOCITY, abundances, counted
@@ -63,16 +63,22 @@ SECOND = Team(1, 2)
 
 
 def assert_the_same(
-    cells: Any, model: Any, guide: Any, tolerance: float, warmup: Warmup | None = None, team: Team = ALONE
+    cells: Any,
+    model: Any,
+    guide: Any,
+    tolerance: float,
+    warmup: Warmup | None = None,
+    team: Team = ALONE,
+    elbo: ELBO | None = None,
 ) -> RecordedStep:
     """Over three steps with other batches, weights and parameters, of which the first is recorded."""
-    warmup = warmup or Warmup(3)
+    warmup, elbo = warmup or Warmup(3), elbo or Trace_ELBO()
     with apart(cells, 0):
         program = model.build(cells)
-        svi = SVI(*(per_cell(part, len(cells)) for part in (program, guide(program))), ClippedAdam({}), Trace_ELBO())
+        svi = SVI(*(per_cell(part, len(cells)) for part in (program, guide(program))), ClippedAdam({}), elbo)
         batches = [cells.batch(torch.arange(i, len(cells), 3)[:9], len(cells)) for i in range(3)]
         svi.loss(svi.model, svi.guide, batches[0])
-        whole = RecordedStep(svi, warmup)
+        whole = RecordedStep(elbo, svi, warmup)
         for step, batch in enumerate(batches):
             drawn = noise(step, team)
             start = drawn.position()
@@ -117,8 +123,17 @@ def test_a_recorded_step_of_velocity_is_the_plain_one(name, double, as_it_is):
 def test_one_of_several_processes_draws_of_cells_what_is_its_own(double, as_it_is):
     model = pv.VelocityModel(n_latent=2, hidden=(8,))
     step = assert_the_same(abundances(torch.float64), model, GUIDE, 1e-9, team=SECOND)
-    assert [draw.of_cells for draw in step.draws].count(True) == 1, "z, and the sites of genes are shared"
-    assert len(step.draws) > 1
+    assert [draw.of_cells for draw in step.recorded.draws].count(True) == 1, "z, and the sites of genes are shared"
+    assert len(step.recorded.draws) > 1
+
+
+def test_a_batch_of_another_size_is_left_to_plain_steps(as_it_is):
+    cells = abundances(torch.float32)
+    with apart(cells, 0):
+        program = pv.VelocityModel(n_latent=2, hidden=(8,)).build(cells)
+        step = RecordedStep(Trace_ELBO(), SVI(program, GUIDE(program), ClippedAdam({}), Trace_ELBO()), Warmup(0))
+        sizes = [step(cells.batch(torch.arange(n)), 0, noise()) is None for n in (9, 8, 9)]
+    assert sizes == [False, True, False] and step.works
 
 
 SAMPLED = {"n_latent": 2, "hidden": (8,), "states": Dirichlet()}
@@ -126,14 +141,14 @@ SAMPLED = {"n_latent": 2, "hidden": (8,), "states": Dirichlet()}
 
 def test_what_is_drawn_by_parameters_is_drawn_inside(double, as_it_is):
     step = assert_the_same(abundances(torch.float64), pv.VelocityModel(**SAMPLED), GUIDE, 1e-9)
-    assert step.draws == []
+    assert step.recorded.draws == []
 
 
 def test_what_several_processes_cannot_draw_apart_is_left_to_plain_steps(double, as_it_is):
     cells = abundances(torch.float64)
     with apart(cells, 0):
         program = pv.VelocityModel(**SAMPLED).build(cells)
-        step = RecordedStep(SVI(program, GUIDE(program), ClippedAdam({}), Trace_ELBO()), Warmup(0))
+        step = RecordedStep(Trace_ELBO(), SVI(program, GUIDE(program), ClippedAdam({}), Trace_ELBO()), Warmup(0))
         drawn = noise(0, SECOND)
         start = drawn.position()
         with pytest.warns(UserWarning, match="is slower: what is drawn depends on parameters, where processes"):
@@ -148,9 +163,26 @@ def test_the_schedule_is_given_to_it_and_not_recorded(warmup, double, as_it_is):
     assert_the_same(abundances(torch.float64), pv.VelocityModel(n_latent=2, hidden=(8,)), GUIDE, 1e-9, warmup)
 
 
-def test_a_recorded_step_of_an_autoencoder_is_the_plain_one(double, as_it_is):
-    cells = Profiles.of_counts(torch.poisson(torch.linspace(0.1, 30, 30 * 7)).reshape(30, 7).double())
-    assert_the_same(cells, VAE(pv.likelihoods.NB(), 2, (8,)), Encoder((8,)), 1e-9)
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceMeanField_ELBO()], ids=lambda elbo: type(elbo).__name__)
+@pytest.mark.parametrize("warmup", [Warmup(3), Warmup(4, free_bits=0.3)], ids=str)
+def test_a_recorded_step_of_an_autoencoder_is_the_plain_one(elbo, warmup, double, as_it_is):
+    assert_the_same(profiles(), VAE(pv.likelihoods.NB(), 2, (8,)), Encoder((8,)), 1e-9, warmup, elbo=elbo)
+
+
+def test_a_recorded_step_with_clusters_is_the_plain_one(double, as_it_is):
+    """Of a prior that is no single Normal, whose KL has no closed form."""
+    model = pv.GMVAE(n_clusters=2, n_latent=2, hidden=(8,))
+    assert_the_same(profiles(), model, Encoder((8,)), 1e-9, elbo=TraceMeanField_ELBO())
+
+
+def test_a_recorded_step_of_velocity_takes_kls_in_closed_form_too(double, as_it_is):
+    model, guide = pv.VelocityModel(n_latent=2, hidden=(8,)), pv.guides.Amortized(rates=pv.rates.PerGene(), hidden=(8,))
+    assert_the_same(abundances(torch.float64), model, guide, 1e-9, elbo=TraceMeanField_ELBO())
+
+
+def profiles() -> Profiles:
+    """Counts of 30 cells x 7 genes."""
+    return Profiles.of_counts(torch.poisson(torch.linspace(0.1, 30, 30 * 7)).reshape(30, 7).double())
 
 
 @pytest.mark.slow
@@ -187,7 +219,7 @@ def looked(batch: Any) -> None:
 @pytest.mark.parametrize(("model", "decides"), [(picked, False), (looked, True)])
 def test_what_cannot_be_recorded_is_said_once_and_left_to_plain_steps(model, decides, as_it_is):
     with apart(small_cells(), 0):
-        step = RecordedStep(SVI(model, Picking(decides), ClippedAdam({}), Trace_ELBO()), Warmup(0))
+        step = RecordedStep(Trace_ELBO(), SVI(model, Picking(decides), ClippedAdam({}), Trace_ELBO()), Warmup(0))
         drawn = noise()
         state = torch.get_rng_state()
         with pytest.warns(UserWarning, match="could not be compiled as a whole, so the fit is slower"):
@@ -224,7 +256,9 @@ def test_a_gene_is_blamed_by_name_where_a_recorded_step_has_no_number(as_it_is, 
     def poisoned(self: RecordedStep, batch: Any, step: int, noise: Noise) -> Any:
         if step == 7:
             with torch.no_grad():
-                next(value for name, value in self.parameters.items() if name.endswith("locs.alpha"))[2] = torch.nan
+                next(value for name, value in self.recorded.parameters.items() if name.endswith("locs.alpha"))[2] = (
+                    torch.nan
+                )
         return original(self, batch, step, noise)
 
     original: Callable[..., Any] = RecordedStep.__call__
@@ -240,7 +274,8 @@ def test_it_is_recorded_where_it_pays_and_for_the_bound_it_knows():
     assert not worth_recording(compiled.WORTH_RECORDING, much - 1, cpu)
     assert not worth_recording(compiled.WORTH_RECORDING, much, torch.device("cuda"))
     assert can_be_recorded(Trace_ELBO())
-    assert not can_be_recorded(Trace_ELBO(num_particles=2)) and not can_be_recorded(TraceMeanField_ELBO())
+    assert can_be_recorded(TraceMeanField_ELBO())
+    assert not can_be_recorded(Trace_ELBO(num_particles=2)) and not can_be_recorded(RenyiELBO())
 
 
 def test_what_is_compiled_for_a_cell_is_recorded_in_that_form():

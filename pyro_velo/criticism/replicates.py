@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Batch, Cells, equal_parts
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import conditions
 from pyro_velo.models.velocity import C_K, MOLECULES, VelocityProgram
@@ -25,7 +25,6 @@ from pyro_velo.posterior import (
     cells_of,
     check_draws,
     draw_rates,
-    equal_parts,
     of_draw,
     over,
     state_weights,

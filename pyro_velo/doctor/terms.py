@@ -82,6 +82,17 @@ class Term:
         """The sum of its parts, (), in float64."""
         return self.parts.sum(dtype=torch.float64)
 
+    @property
+    def group(self) -> str:
+        """The name that it shares with the other KLs of sites that are about the same (`group_of`)."""
+        about = {group_of(site) for site in self.sites} if self.kind == "kl" else set()
+        return f"kl_{about.pop()}" if len(about) == 1 else self.name
+
+    @property
+    def sign(self) -> int:
+        """What it counts in the ELBO."""
+        return {"reconstruction": 1, "kl": -1, "penalty": 0}[self.kind]
+
     def by(self, axis: str) -> Tensor | None:
         """Its share of each gene or dimension, which add up to `value`, or the nats of each cell, whose mean it is.
 
@@ -102,8 +113,7 @@ class Terms(NamedTuple):
     @property
     def total(self) -> Tensor:
         """The ELBO per cell, (): reconstruction less KL, without penalties."""
-        signs = {"reconstruction": 1, "kl": -1, "penalty": 0}
-        return sum((signs[term.kind] * term.value for term in self.terms), torch.zeros((), dtype=torch.float64))
+        return sum((term.sign * term.value for term in self.terms), torch.zeros((), dtype=torch.float64))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,8 +128,7 @@ class Terms(NamedTuple):
         """One KL for all sites that are about the same (`group_of`): rates, switching times, noise."""
         groups: dict[str, list[Term]] = {}
         for term in self.terms:
-            about = {group_of(site) for site in term.sites} if term.kind == "kl" else set()
-            groups.setdefault(f"kl_{about.pop()}" if len(about) == 1 else term.name, []).append(term)
+            groups.setdefault(term.group, []).append(term)
         return Terms(tuple(_merged(name, found) for name, found in groups.items()))
 
 
