@@ -35,6 +35,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--looks", type=int, default=25, help="steps between two looks at the held-out cells")
+    parser.add_argument("--steps", type=int, help="of pyro_velo's fits (default: the package's)")
     parser.add_argument("--draws", type=int, default=20, help="of the guide, for each look")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the courses")
@@ -120,7 +121,9 @@ def draw(courses: dict[str, Course], file: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     settings = options(arguments)
-    task: dict[str, Any] = {name: getattr(settings, name) for name in ("threads", "batch", "looks", "draws", "seed")}
+    task: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("threads", "batch", "looks", "draws", "seed", "steps")
+    }
     courses: dict[str, Course] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -2,7 +2,7 @@
 
 Each trains with its defaults and, as it goes, says what it makes of the cells that it never trains on. A task is a JSON
 object: `side`, `data` (an .npz file with layers scaled to [0, 1], and the cells to train on and to score), `threads`,
-`batch`, `looks` (steps between two), `draws` and `seed`.
+`batch`, `looks` (steps between two), `draws`, `seed` and `steps` (of pyro_velo's fits; null: its default).
 """
 
 from __future__ import annotations
@@ -212,7 +212,8 @@ def pyro_velo(layers: dict[str, np.ndarray], task: dict[str, Any], one_state: bo
         return {}
 
     watch = Watch(keep)
-    settings = TrainSettings(batch_size=task["batch"], seed=task["seed"], evaluate_steps=task["looks"])
+    length = {} if task["steps"] is None else {"max_steps": task["steps"]}
+    settings = TrainSettings(batch_size=task["batch"], seed=task["seed"], evaluate_steps=task["looks"], **length)
     fitted = train(model, guide, cells, settings=settings, on_evaluation=watch.look, progress=False)
 
     program, batch = fitted.program, cells.batch(torch.from_numpy(scored))
