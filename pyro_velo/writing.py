@@ -122,7 +122,8 @@ class _Results:
         t = found.layers["t"]
         self.uncertainty[rows], self.median_time[rows] = found.uncertainty, np.median(t, axis=1)
         self.z.append(found.z)
-        self.times.append(t[-rows.start % self.every :: self.every])
+        # A copy: a few rows would keep all of them in memory.
+        self.times.append(t[-rows.start % self.every :: self.every].copy())
         self.log_likelihood += found.log_likelihood
         batch = self.cells.batch(torch.from_numpy(index).to(self.cells.device))
         u, s = self._measured(batch, rows)
