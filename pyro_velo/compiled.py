@@ -25,8 +25,8 @@ WORTH_FUSING = 120_000_000
 WORTH_RECORDING = 500
 """Steps from which recording one pays, where fusing does: it takes some 30 s, and 4 with torch's cache on disk."""
 
-WORTH_LOOKING = 20_000_000
-"""Cells x genes x looks, from which recording a look pays (on two cores)."""
+WORTH_LOOKING = 60_000_000
+"""Cells x genes x looks, from which recording a look pays the first time (on two cores): it takes 19 s, and 3 again."""
 
 OPERATIONS_AT_ONCE = 1000
 """What a function may do in one pass over memory: torch's 64 breaks a draw into several, with arrays between them."""

@@ -18,7 +18,7 @@ from small import GUIDE, MODEL, differing, settings, small_cells, small_fit
 from torch import nn
 
 import pyro_velo as pv
-from pyro_velo.batch import Batch, Cells
+from pyro_velo.batch import Batch, Cells, equal_parts
 from pyro_velo.doctor.decomposition import draw_terms
 from pyro_velo.errors import FitError, InputError
 from pyro_velo.forensics import NonFiniteError
@@ -133,7 +133,7 @@ def held_out_elbo(fit, cells, plan):
     train_index, held = split(len(cells), plan.held_out, plan.seed)
     total = 0.0
     with fit.parameters(), torch.random.fork_rng(), torch.no_grad(), WithoutPenalties():
-        for i, batch in enumerate(cells.batches(held, plan.batch_size, len(train_index))):
+        for i, batch in enumerate(looked_at(cells, held, plan.batch_size, len(train_index))):
             torch.manual_seed(plan.seed + i)
             total -= Trace_ELBO().loss(fit.program, fit.guide, batch) / len(train_index) * len(batch.index)
     return total / len(held)
@@ -151,6 +151,12 @@ def test_the_result_has_the_best_held_out_elbo(changes):
     assert all(torch.equal(now[name], value) for name, value in state.best.items())
 
 
+def looked_at(cells, held, size, n_train):
+    """The held-out cells in parts of equal size, but for the last."""
+    for places, n in equal_parts(len(held), size):
+        yield cells.batch(held[places[:n]], n_train)
+
+
 SCHEDULES = {
     "beta": {"beta": 30.0, "warmup": 0.7},
     "cycles": {"beta": 30.0, "cycles": 3, "warmup": 0.8},
@@ -164,7 +170,7 @@ def objective_of(fit, parameters, cells, plan):
     reconstruction = total = 0.0
     with fit.parameters(), torch.random.fork_rng(), torch.no_grad(), WithoutPenalties():
         load_parameters(parameters)
-        for i, batch in enumerate(cells.batches(held, plan.batch_size, len(train_index))):
+        for i, batch in enumerate(looked_at(cells, held, plan.batch_size, len(train_index))):
             torch.manual_seed(plan.seed + i)
             terms = draw_terms(fit, batch)
             share = len(batch.index) / len(held)
