@@ -2,8 +2,8 @@
 
 `python benchmarks/processes.py --json processes.json --picture processes.png`; processes.md holds what it found. Each
 measurement is a run of `torchrun` of its own. Steps are those of a fit, plain, or with `--compiled` as a long fit does
-them (one process records its steps and compiles them as a whole, several compile their parts), on a batch that the
-processes share; compiling itself, preprocessing and looks at held-out cells are in no figure.
+them (recorded, and compiled as a whole), on a batch that the processes share; compiling itself, preprocessing and looks
+at held-out cells are in no figure.
 """
 
 from __future__ import annotations

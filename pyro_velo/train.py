@@ -326,9 +326,8 @@ class _Loop:
         `weight` is the batch's share of what all processes have in this step.
         """
         before = noise.position()
-        own, values = (self.recorded and self.recorded(batch, step, noise)) or self._loss_and_gradients(
-            batch, step, noise
-        )
+        recorded = None if self.recorded is None else self.recorded(batch, step, noise)
+        own, values = recorded or self._loss_and_gradients(batch, step, noise)
         loss = self.team.reduce(values.values(), own, weight)
         norm = nn.utils.get_total_norm([v.grad for v in values.values() if v.grad is not None])
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
