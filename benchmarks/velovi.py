@@ -22,6 +22,8 @@ UNITS = {
     "epoch_cpu_s": "CPU s per epoch",
     "draw_s": "s per draw",
     "draw_cpu_s": "CPU s per draw",
+    "all_s": "s per draw, all summaries",
+    "all_cpu_s": "CPU s per draw, all summaries",
     "train_mb": "MB, training",
     "peak_mb": "MB, training and draws",
 }
