@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_velo.batch import Batch
 from pyro_velo.coupled_rates import Genes
 from pyro_velo.guides import AmortizedProgram
-from pyro_velo.posterior import posterior_of_states
+from pyro_velo.state_posterior import posterior_of_states
 
 
 def scores(

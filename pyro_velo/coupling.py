@@ -44,9 +44,9 @@ from pyro_velo.coupled_rates import CoupledRates, Covariance, Genes, bends, bent
 from pyro_velo.disk import AnyCells
 from pyro_velo.guides import AmortizedProgram
 from pyro_velo.kinetics import POWERS, T_MAX
-from pyro_velo.posterior import posterior_of_states
 from pyro_velo.quadrature import adaptive, cubature, moments
 from pyro_velo.rates import AutoPerGene
+from pyro_velo.state_posterior import posterior_of_states
 from pyro_velo.times import ClockProgram
 from pyro_velo.train import Fitted, split
 

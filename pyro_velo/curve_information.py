@@ -26,7 +26,7 @@ from pyro_velo.disk import AnyCells
 from pyro_velo.kinetics import T_MAX, Rates
 from pyro_velo.likelihoods import QuickStudentT
 from pyro_velo.models.velocity import C_K, RATES, Given, VelocityProgram
-from pyro_velo.posterior import of_draw, posterior_of_states
+from pyro_velo.state_posterior import of_draw, posterior_of_states
 from pyro_velo.times import Timed
 from pyro_velo.train import Fitted
 

@@ -8,9 +8,9 @@ $p(k \mid u, s) \propto \pi_k\, p(u \mid k)\, p(s \mid k)$.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,13 +22,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_velo.batch import Batch, equal_parts
-from pyro_velo.compiled import compiled, compiling
+from pyro_velo.compiled import compiled
 from pyro_velo.disk import AnyCells
 from pyro_velo.errors import InputError
 from pyro_velo.guides import TIME_UNIT, WARP, AmortizedProgram
 from pyro_velo.kinetics import Rates
 from pyro_velo.models.velocity import RATES, Given, Landmarks, VelocityProgram
 from pyro_velo.quantiles import directional_uncertainty, quantiles
+from pyro_velo.state_posterior import best_state, drawn_states, most_likely, of_draw, over, posterior_of_states
 from pyro_velo.states import STATES
 from pyro_velo.train import Fitted
 
@@ -283,53 +284,6 @@ def _take(
             squares[name].add_(gap.mul_(gap - step))
 
 
-def of_draw(program: VelocityProgram, values: Mapping[str, Tensor]) -> Given:
-    """What `explain` takes for the probabilities of the states, where it tells of a draw and is no bound."""
-    return Given(log_weights=program.recipe.states.expected_weights(values["pi"]))
-
-
-def posterior_of_states(log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """p(k | u, s), and log p(u, s), from log p(k, u, s)."""
-    peak = reduce(torch.maximum, log_joint)
-    weights = [_exp_or_zero(each - peak) for each in log_joint]
-    total = sum(weights[1:], weights[0])
-    share = 1 / total
-    return tuple(each * share for each in weights), total.log() + peak
-
-
-def _exp_or_zero(x: Tensor) -> Tensor:
-    """e^x, and 0 below -60: processors take 100 times as long for numbers that are next to nothing (denormal)."""
-    return torch.where(x > -60, torch.exp(x.clamp_min(-60)), 0.0) if compiling() else torch.exp(x)
-
-
-def state_weights(program: VelocityProgram, log_joint: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """p(k | u, s) by the states' own family, which may take the most likely one for certain, and log p(u, s)."""
-    probability, log_likelihood = posterior_of_states(log_joint)
-    return most_likely(probability) if program.recipe.states.hard else probability, log_likelihood
-
-
-def most_likely(probability: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """One for the most likely state, the first of several, and zero for the others."""
-    best = _best(torch.stack(tuple(probability)))
-    return tuple((best == k).to(probability[0].dtype) for k in range(len(probability)))
-
-
-def _best(probability: Tensor) -> Tensor:
-    """The first state that none is above, of (K, B, G); `argmax` takes six times as long where states are apart."""
-    return probability.max(0).indices
-
-
-def drawn_states(probability: Sequence[Tensor], place: Tensor) -> tuple[Tensor, ...]:
-    """One for the state that uniform numbers `place` (B, G) fall on, and zero for the others."""
-    found, below = [], torch.zeros_like(place)
-    for each in probability[:-1]:
-        above = below + each
-        found.append(((below <= place) & (place < above)).to(place))
-        below = above
-    # Zero times what came before, which is zero unless it is NaN.
-    return (*found, 1 - sum(found[1:], found[0]) + 0 * below)
-
-
 def cells_of(
     guide: Any, seen: Batch, batch: Batch, *, states: bool = True
 ) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -352,17 +306,6 @@ def _sampled(program: Callable, *args: Any) -> dict[str, Tensor]:
     return {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
-def over(weights: Sequence[Tensor], values: Sequence[Tensor | float]) -> Tensor:
-    """The expectation over states: weights (B, G) each, values that broadcast to (B, G); zeros cost nothing."""
-    total = torch.zeros_like(weights[0])
-    for weight, value in zip(weights, values, strict=True):
-        if isinstance(value, Tensor):
-            total.addcmul_(weight, value)
-        elif value:
-            total.add_(weight, alpha=value)
-    return total
-
-
 def of_batch(draws: Draws) -> Summaries:
     """Summaries of the draws of one batch."""
     mean, sd = draws.mean, draws.sd
@@ -371,7 +314,7 @@ def of_batch(draws: Draws) -> Summaries:
     probability = torch.stack([mean[state] for state in STATES])
     return Summaries(
         {name: value.cpu().numpy() for name, value in zip(LAYERS, layers, strict=True)},
-        _best(probability).to(torch.uint8).cpu().numpy(),
+        best_state(probability).to(torch.uint8).cpu().numpy(),
         draws.z.cpu().numpy(),
         directional_uncertainty(draws.velocities, mean["velocity"]).cpu().numpy(),
         probability.sum(1).double().cpu().numpy(),

@@ -22,8 +22,9 @@ from pyro_velo.coupling import CLOCKS, ENOUGH, LOOKS, SHORTEST, STRIDE, Informat
 from pyro_velo.evidence import evidence
 from pyro_velo.fitting import Fit
 from pyro_velo.guides import WARP, Amortized
-from pyro_velo.posterior import draw_rates, posterior_of_states
+from pyro_velo.posterior import draw_rates
 from pyro_velo.rates import MeanField, PerGene
+from pyro_velo.state_posterior import posterior_of_states
 from pyro_velo.times import TIMES
 from pyro_velo.train import Fitted, train
 

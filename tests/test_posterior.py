@@ -19,7 +19,8 @@ from tolerances import STANDARD_ERRORS
 import pyro_velo as pv
 from pyro_velo import posterior as module
 from pyro_velo.errors import InputError
-from pyro_velo.posterior import GOLDEN, directional_uncertainty, drawn_states, quantiles, summarise
+from pyro_velo.posterior import GOLDEN, directional_uncertainty, quantiles, summarise
+from pyro_velo.state_posterior import drawn_states
 from pyro_velo.train import train
 
 DRAWS = 40

@@ -14,7 +14,8 @@ from torch import Tensor
 from pyro_velo.batch import Batch, Cells
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import conditions
-from pyro_velo.posterior import CELLS_GENES_AT_ONCE, cells_of, check_draws, draw_rates, of_draw, state_weights
+from pyro_velo.posterior import CELLS_GENES_AT_ONCE, cells_of, check_draws, draw_rates
+from pyro_velo.state_posterior import of_draw, state_weights
 from pyro_velo.train import Fitted
 
 Array = NDArray[np.float64]

@@ -20,15 +20,8 @@ from pyro_velo.batch import Batch, Cells, equal_parts
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import conditions
 from pyro_velo.models.velocity import C_K, MOLECULES, VelocityProgram
-from pyro_velo.posterior import (
-    CELLS_GENES_AT_ONCE,
-    cells_of,
-    check_draws,
-    draw_rates,
-    of_draw,
-    over,
-    state_weights,
-)
+from pyro_velo.posterior import CELLS_GENES_AT_ONCE, cells_of, check_draws, draw_rates
+from pyro_velo.state_posterior import of_draw, over, state_weights
 from pyro_velo.train import Fitted
 
 Array = NDArray[np.float64]

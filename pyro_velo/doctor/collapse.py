@@ -22,7 +22,7 @@ from pyro_velo.doctor import draws as taken
 from pyro_velo.errors import InputError
 from pyro_velo.evidence import computed_sites, conditions
 from pyro_velo.models.velocity import VelocityProgram
-from pyro_velo.posterior import of_draw
+from pyro_velo.state_posterior import of_draw
 from pyro_velo.train import Fitted, split
 
 Array = NDArray[np.float64]
