@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -53,8 +54,20 @@ def _batches(cells: AnyProfiles, size: int = CELLS_AT_ONCE) -> Iterator[ProfileB
 def latent_means(fitted: Fitted, cells: AnyProfiles) -> Array:
     """E[z] of each cell, (N, d), as the encoder has it."""
     with _apart(fitted, cells, 0):
-        found = [_encoded(fitted, batch) for batch in _batches(cells)]
-    return torch.cat(found).cpu().numpy().astype(np.float64)
+        return _gathered((_encoded(fitted, batch) for batch in _batches(cells)), len(cells))
+
+
+def _gathered(parts: Iterator[Tensor], n_cells: int) -> Array:
+    """The rows of all cells, put where they belong as they come.
+
+    Kept apart until the end, small ones would lie where the next batch's large arrays then can't.
+    """
+    first = next(parts)
+    found, start = np.empty((n_cells, *first.shape[1:])), 0
+    for part in chain((first,), parts):
+        found[start : start + len(part)] = part.cpu().numpy()
+        start += len(part)
+    return found
 
 
 def _encoded(fitted: Fitted, batch: ProfileBatch) -> Tensor:
@@ -75,8 +88,8 @@ def cluster_probabilities(fitted: Fitted, cells: AnyProfiles, *, draws: int = DR
         return fitted.program.log_clusters(values, batch).exp()
 
     with _apart(fitted, cells, seed):
-        found = [_mean(_draws(fitted, batch, batch, [look] * draws)) for batch in _batches(cells)]
-    return torch.cat(found).cpu().numpy().astype(np.float64)
+        probabilities = (_mean(_draws(fitted, batch, batch, [look] * draws)) for batch in _batches(cells))
+        return _gathered(probabilities, len(cells))
 
 
 def denoised(fitted: Fitted, cells: AnyProfiles, *, draws: int = DRAWS, seed: int = 0) -> NDArray[np.float32]:

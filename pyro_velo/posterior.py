@@ -133,7 +133,7 @@ def summarise(
 
     Raises InputError for fewer than two draws, which have no spread.
     """
-    out = _Summary(len(cells), cells.n_genes)
+    out = _Summary(len(cells), cells.n_genes, fitted.program.n_latent)
     rates = stream(
         fitted, cells, out.add, draws=draws, over_states=over_states, seed=seed, progress=progress, as_if=as_if
     )
@@ -332,13 +332,13 @@ def moments_of(rates: list[dict[str, Tensor]]) -> tuple[dict[str, Array], dict[s
 class _Summary:
     """The arrays of a `Posterior`, filled batch by batch."""
 
-    def __init__(self, n_cells: int, n_genes: int) -> None:
+    def __init__(self, n_cells: int, n_genes: int, n_latent: int) -> None:
         self.layers = {name: np.empty((n_cells, n_genes), np.float32) for name in LAYERS}
         self.state = np.empty((n_cells, n_genes), np.uint8)
         self.state_use = np.zeros((4, n_genes), np.float64)
         self.log_likelihood = np.zeros(n_genes, np.float64)
         self.uncertainty = np.empty(n_cells, np.float32)
-        self.z: dict[int, NDArray] = {}
+        self.z = np.empty((n_cells, n_latent), np.float32)
 
     def add(self, index: NDArray, draws: Draws) -> None:
         """Summarise the draws of the cells at `index`."""
@@ -348,7 +348,7 @@ class _Summary:
         self.state[index], self.uncertainty[index] = found.state, found.uncertainty
         self.state_use += found.state_use
         self.log_likelihood += found.log_likelihood
-        self.z[int(index[0])] = found.z
+        self.z[index] = found.z
 
     def finish(self, rates: list[dict[str, Tensor]]) -> Posterior:
         """The summaries of all cells, with those of the rates."""
@@ -361,7 +361,7 @@ class _Summary:
             rates=mean,
             rates_sd=sd,
             log_likelihood=(self.log_likelihood / n_cells).astype(np.float32),
-            z=np.concatenate([self.z[key] for key in sorted(self.z)]),
+            z=self.z,
             uncertainty=self.uncertainty,
         )
 
