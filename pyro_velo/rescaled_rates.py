@@ -6,7 +6,8 @@ a gene has a shape and a unit, beta's, and its rates and switching time $\theta_
 $$\log\theta_g = m_g + L_g \epsilon_g \pm (\lambda_g + \lambda), \qquad \epsilon \sim \mathcal{N}(0, I), \quad
 \lambda_g \sim q_g, \quad \lambda \sim \mathcal{N}(0, v^2)$$
 
-with $\lambda$ that of the clock by which genes are told their units. `time_units` finds the numbers.
+with $\lambda$ that of the clock by which genes are told their units. `time_units` finds the numbers. Where a
+prior ends, as that of switching times does, the Normal of its site ends there, too.
 """
 
 from __future__ import annotations
@@ -46,12 +47,33 @@ class Marginal(NamedTuple):
         return self.grid[above[:, 0] - 1] + share * (self.grid[1] - self.grid[0])
 
 
+FAR = 5.0
+"""Standard deviations from which on an end of a support cuts nothing off."""
+
+
 class Shape(NamedTuple):
-    """`loc` (G, K), the logarithms of `sites`, and a root of their covariance (G, K, K), the unit held fixed."""
+    """`loc` (G, K), the logarithms of `sites`, and a root of their covariance (G, K, K), the unit held fixed.
+
+    `most` (K,): the logarithm of the most that a prior lets each site be (infinite: anything).
+    """
 
     sites: tuple[str, ...]
     loc: Tensor
     root: Tensor
+    most: Tensor
+
+    def within(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws x (G, K) as those of Normals that end at `most`, and the logarithm of their slope, dx'/dx.
+
+        A draw keeps its rank: q' = q Phi(end), with q its level and the end in standard deviations.
+        """
+        sd = self.root.square().sum(-1).sqrt().double()
+        z, end = (x - self.loc) / sd, (self.most - self.loc) / sd
+        share = torch.special.ndtr(end).clamp_min(torch.finfo(end.dtype).tiny)
+        moved = torch.special.ndtri(torch.special.ndtr(z).clamp_min(torch.finfo(end.dtype).eps) * share)
+        moved = torch.where(end < FAR, torch.minimum(moved, end), z)
+        slope = torch.where(end < FAR, (moved.square() - z.square()) / 2 + share.log(), 0.0)
+        return (self.loc + sd * moved).to(x), slope.to(x)
 
 
 class RescaledRates:
@@ -74,11 +96,14 @@ class RescaledRates:
         with pyro.plate("genes", len(loc), dim=-1):
             # No site of the model: it says how the others hang together, and has no density of its own.
             unit = pyro.sample(TIME_UNIT, dist.Delta(unit).mask(False), infer={"is_auxiliary": True})
+            x = pyro.sample(
+                "shape_unconstrained", dist.MultivariateNormal(loc, scale_tril=root), infer={"is_auxiliary": True}
+            )
+            x, slope = self.shape.within(x)
             powers = loc.new_tensor([POWERS[name] for name in self.shape.sites])
-            normal = dist.MultivariateNormal(loc + powers * unit[:, None], scale_tril=root)
-            x = pyro.sample("shape_unconstrained", normal, infer={"is_auxiliary": True})
-            for name, log_value in zip(self.shape.sites, x.unbind(-1), strict=True):
-                drawn[name] = pyro.sample(name, dist.Delta(log_value.exp(), -log_value))
+            x = x + powers * unit[:, None]
+            for name, log_value, by in zip(self.shape.sites, x.unbind(-1), slope.unbind(-1), strict=True):
+                drawn[name] = pyro.sample(name, dist.Delta(log_value.exp(), -log_value - by))
             for name, site in trace.nodes.items():
                 if _is_other(name, site, self.shape.sites):
                     density = dist.Delta(site["value"], site["log_prob"], event_dim=site["fn"].event_dim)

@@ -14,13 +14,14 @@ cells whose times are not known tell it (`curve_information`): a guide that hold
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from typing import NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
@@ -41,8 +42,12 @@ DRAWS = 25
 LAMBDAS = torch.linspace(-3, 3, 1201, dtype=torch.float64)
 FIXED = 1e-3
 """How far the unit moves with a shape."""
-BEND, VAGUE = 0.05, 0.04
-"""By which logarithms are moved to see how sharp a prior is, and the least precision that one is taken to have."""
+BEND, FLAT = 0.05, 0.04
+"""By which logarithms are moved to see how sharp a prior is, and the precision below which it is flat there.
+
+Also that of an improper prior: a logarithm is known to a factor of e^5."""
+PRIOR_DRAWS = 4000
+"""By which it is told how wide a prior is that is flat."""
 
 
 def applies(fitted: Fitted) -> bool:
@@ -70,7 +75,7 @@ def in_common_unit(fitted: Fitted, cells: AnyCells, *, seed: int = 0) -> Fitted:
         looked = looked_at(fitted, cells, chosen, values, sites)
         found = consensus(looked.seen)
         units = Marginal.of(LAMBDAS.to(found.pace), log_density(fitted.program, values, found))
-        prior = prior_precision(fitted.program, values, sites)
+        prior = PriorShape.of(fitted.program, values, sites)
         shape = shape_of(looked, n_trained, prior, values, sites)
         guide, program = copy(fitted.guide), copy(fitted.program)
         # A module keeps its parts in a dictionary that a copy shares with it.
@@ -97,35 +102,61 @@ def _chosen(fitted: Fitted, cells: AnyCells) -> tuple[Tensor, int]:
     return some.to(cells.device), len(train_index)
 
 
-def shape_of(looked: Looked, n_cells: int, prior: Tensor, values: dict[str, Tensor], sites: tuple[str, ...]) -> Shape:
+def shape_of(
+    looked: Looked, n_cells: int, prior: PriorShape, values: dict[str, Tensor], sites: tuple[str, ...]
+) -> Shape:
     """The Normal of a gene's rates around their values, beta held fixed; those who looked stand for `n_cells`.
 
-    Beta is what tells the unit (`PerGeneProgram`); `prior` (G, K) are the priors' precisions.
+    Beta is what tells the unit (`PerGeneProgram`).
     """
     information = looked.information * n_cells / len(looked.seen.time)
     beta = (torch.tensor([name == "beta" for name in sites]) / FIXED**2).to(information)
-    covariance = torch.linalg.inv(information + torch.diag_embed(prior.to(information) + beta))
+    covariance = torch.linalg.inv(information + torch.diag_embed(prior.precision.to(information) + beta))
     loc = torch.stack([values[name] for name in sites], -1)
-    return Shape(sites, loc.log(), torch.linalg.cholesky(covariance).to(loc))
+    return Shape(sites, loc.log(), torch.linalg.cholesky(covariance).to(loc), prior.most.to(loc))
 
 
-def prior_precision(program: VelocityProgram, values: dict[str, Tensor], sites: tuple[str, ...]) -> Tensor:
-    """How sharp the priors of the sites' logarithms are at their values, (G, K): `VAGUE` at least."""
-    found = []
-    for name in sites:
-        prior = _prior(program, values, name)
-        low, at, high = (prior(values[name] * math.exp(step)) for step in (-BEND, 0.0, BEND))
-        # At the end of a support it is not curved but cut off, which the unit's grid knows.
-        found.append(((2 * at - low - high) / BEND**2).nan_to_num(0.0, posinf=0.0, neginf=0.0).clamp_min(VAGUE))
-    return torch.stack(found, -1)
+class PriorShape(NamedTuple):
+    """How sharp priors of sites' logarithms are, `precision` (G, K), and the logarithms of their ends, `most` (K,)."""
+
+    precision: Tensor
+    most: Tensor
+
+    @classmethod
+    def of(cls, program: VelocityProgram, values: dict[str, Tensor], sites: tuple[str, ...]) -> PriorShape:
+        """At the values of the sites.
+
+        A prior that is not curved there (a uniform one, which is cut off at its ends) is as sharp as it is narrow.
+        """
+        found, most = [], []
+        for name in sites:
+            fn = _prior(program, values, name)
+            low, at, high = (_log_density(fn, values[name] * math.exp(step)) for step in (-BEND, 0.0, BEND))
+            curved = ((2 * at - low - high) / BEND**2).nan_to_num(0.0, posinf=0.0, neginf=0.0)
+            found.append(torch.where(curved > FLAT, curved, _narrowness(fn)))
+            most.append(torch.as_tensor(getattr(fn.support, "upper_bound", math.inf)).max().log())
+        return cls(torch.stack(found, -1), torch.stack(most))
 
 
-def _prior(program: VelocityProgram, values: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
-    """The log-density of a site's logarithm, as a function of the site (..., G)."""
+def _prior(program: VelocityProgram, values: dict[str, Tensor], name: str) -> TorchDistribution:
+    """That of a site (G,), the others at their values."""
     with pyro.plate("genes", program.n_genes, dim=-1):
         trace = poutine.trace(poutine.condition(program.sample_genes, data=values)).get_trace()
-    fn = trace.nodes[name]["fn"]
-    return lambda value: fn.log_prob(value).to(value) + value.log()
+    return trace.nodes[name]["fn"]
+
+
+def _narrowness(prior: TorchDistribution) -> Tensor:
+    """1 / the variance of a site's logarithm under its prior, (G,); `FLAT` for an improper one, which has no draws."""
+    try:
+        found = prior.sample((PRIOR_DRAWS,)).log().var(0).reciprocal()
+    except NotImplementedError:
+        found = torch.full(prior.batch_shape, FLAT)
+    return found.nan_to_num(FLAT)
+
+
+def _log_density(prior: TorchDistribution, value: Tensor) -> Tensor:
+    """Of a site's logarithm, as a function of the site (..., G)."""
+    return prior.log_prob(value).to(value) + value.log()
 
 
 def log_density(program: VelocityProgram, values: dict[str, Tensor], found: Consensus) -> Tensor:
@@ -133,7 +164,8 @@ def log_density(program: VelocityProgram, values: dict[str, Tensor], found: Cons
     grid = LAMBDAS.to(found.pace)
     total = torch.zeros(program.n_genes, len(grid)).to(grid)
     for name in (name for name in POWERS if name in values):
-        total = total + _prior(program, values, name)(values[name] * torch.exp(POWERS[name] * grid)[:, None]).mT
+        along = values[name] * torch.exp(POWERS[name] * grid)[:, None]
+        total = total + _log_density(_prior(program, values, name), along).mT
     precision = moderated(found.variation) ** -2
     return total - 0.5 * precision[:, None] * (grid - found.pace.log()[:, None]) ** 2
 

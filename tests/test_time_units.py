@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from scipy.stats import truncnorm
 from small import GUIDE, MODEL, differing, settings, small_adata, small_cells
 from tolerances import assert_close, assert_mean
 from torch import Tensor
@@ -23,15 +24,15 @@ from pyro_velo.curve_information import Looked, _of_times, looked_at
 from pyro_velo.fitting import Fit
 from pyro_velo.kinetics import POWERS, T_MAX
 from pyro_velo.posterior import draw_rates
-from pyro_velo.rescaled_rates import Marginal, RescaledRates
+from pyro_velo.rescaled_rates import FAR, Marginal, RescaledRates, Shape
 from pyro_velo.time_units import (
     LAMBDAS,
+    PriorShape,
     applies,
     in_common_unit,
     log_density,
     medians,
     moderated,
-    prior_precision,
     shape_of,
 )
 from pyro_velo.train import Fitted, train
@@ -150,7 +151,8 @@ def test_half_of_an_error_is_the_median_genes() -> None:
 
 def test_draws_have_the_density_that_the_guide_says(after: Fitted) -> None:
     batch = small_cells().batch(torch.arange(1))
-    shape = after.guide.rates.shape
+    # Without the end of switching times, of which `test_a_normal_ends_where_the_prior_does` knows.
+    shape = after.guide.rates.shape._replace(most=torch.full((4,), math.inf))
     # Faster, so that all switch before the end.
     units = Marginal.of(LAMBDAS.float(), (-0.5 * ((LAMBDAS - 1) / 0.1) ** 2).expand(5, -1))
     rates = RescaledRates(after.guide.rates.base, shape, units, torch.tensor(0.1))
@@ -191,7 +193,8 @@ def test_a_shape_is_known_as_well_as_cells_and_priors_tell() -> None:
     seen = Looked(Sightings(empty, empty, empty, empty[0], empty[0]), torch.diag(INFORMATION).expand(2, 4, 4))
     others = [0, 2, 3]
     for n_cells, prior in ((600, 1.0), (600, 100.0), (1200, 1.0)):
-        root = shape_of(seen, n_cells, torch.full((2, 4), prior), values, SITES).root
+        told = PriorShape(torch.full((2, 4), prior), torch.full((4,), math.inf))
+        root = shape_of(seen, n_cells, told, values, SITES).root
         found = (root @ root.mT)[0].diag().double()
         expected = 1 / (INFORMATION * n_cells / 600 + prior)
         assert torch.allclose(found[others], expected[others], rtol=1e-3)
@@ -205,9 +208,44 @@ def test_priors_are_as_sharp_as_they_are(before: Fitted) -> None:
     values = {name: torch.full((5,), 0.5) for name in SITES}
     values |= {f"noise_{molecule}": torch.full((5,), 0.1) for molecule in ("unspliced", "spliced")}
     with pyro.validation_enabled(False):
-        found = prior_precision(program, values, SITES)
-    expected = torch.tensor([1.0, 1.0, 100.0, time_units.VAGUE])
-    assert_close(found, expected.expand(5, 4), slack=3e3)
+        found = PriorShape.of(program, values, SITES)
+    assert_close(found.precision[:, :3], torch.tensor([1.0, 1.0, 100.0]).expand(5, 3), slack=3e3)
+    # The logarithm of a uniform number has the variance 1.
+    assert torch.allclose(found.precision[:, 3], torch.ones(5), atol=0.15)
+    assert found.most.tolist() == [math.inf] * 3 + [pytest.approx(math.log(T_MAX))]
+
+
+def test_a_normal_ends_where_the_prior_does() -> None:
+    loc, sd, most = torch.tensor([[0.5, 0.5, 3.0]]).double(), 1.5, torch.tensor([1.0, math.inf, 1.0]).double()
+    shape = Shape(("a", "b", "c"), loc, sd * torch.eye(3).double()[None], most)
+    level = ((torch.arange(1000) + 0.5) / 1000).double()
+    x = (loc + sd * torch.special.ndtri(level)[:, None]).requires_grad_()
+    moved, slope = shape.within(x)
+    (by_autograd,) = torch.autograd.grad(moved.sum(), x)
+    assert torch.allclose(slope.exp(), by_autograd, rtol=1e-6)
+    # As scipy has them, level by level; without an end, or one that is far, nothing moves.
+    for k in (0, 2):
+        expected = truncnorm.ppf(level.numpy(), -np.inf, (1.0 - loc[0, k]) / sd, loc[0, k], sd)
+        assert np.allclose(moved[:, k].detach(), expected)
+    assert torch.equal(moved[:, 1], x[:, 1]) and (moved[:, [0, 2]] <= 1).all()
+    far = shape._replace(most=loc[0] + (FAR + 0.1) * sd)
+    assert torch.equal(far.within(x)[0], x)
+
+
+def test_switching_times_that_nothing_is_known_of_are_those_of_the_prior(before: Fitted) -> None:
+    cells = small_cells()
+    with before.parameters(), torch.no_grad(), pyro.validation_enabled(False):
+        values = medians(before, cells)
+        prior = PriorShape.of(before.program, values, SITES)
+        n = len(values["beta"])
+        none = torch.zeros(600, n, 2)
+        looked = Looked(Sightings(none, none, none, none[0], none[0]), torch.zeros(n, 4, 4).double())
+        shape = shape_of(looked, 600, prior, values, SITES)
+        torch.manual_seed(0)
+        x = shape.loc + (shape.root @ torch.randn(4000, n, 4, 1)).squeeze(-1)
+        times = torch.stack([shape.within(each)[0] for each in x])[..., SITES.index("switch_time")].exp()
+    assert (times <= T_MAX * (1 + 1e-6)).all()
+    assert (times.mean(0) < T_MAX).all() and (times.std(0) > 1).all()
 
 
 def test_the_same_seed_gives_the_same_units_and_the_fit_stays(before: Fitted, after: Fitted) -> None:
