@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as json_format
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_velo import embedding, metrics, preprocess, simulate
+from pyro_velo import checkpoint, embedding, metrics, preprocess, simulate
 from pyro_velo.data import anndata_keys as keys
 from pyro_velo.data import (
     check_known,
@@ -67,6 +69,8 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
     check_output(output, options.overwrite, source=path)
     if options.report is not None:
         check_output(options.report, options.overwrite, source=path, formats=(".html",))
+    if options.save is not None:
+        checkpoint.check_folder(options.save, overwrite=options.overwrite or options.save == options.resume)
     device = _device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -116,18 +120,17 @@ def fit_on_disk(path: Path, output: Path, options: FitOptions, device: str = "cp
             scratch=folder,
             seed=options.seed,
         )
-        if options.save is not None and team().leads:
-            note_parts(options.save, options)
-        fitted = fit(
-            model,
-            guide,
-            path,
-            seed=options.seed,
-            settings=training,
-            data=data,
-            save=options.save,
-            resume=options.resume,
-        )
+        with _parts_noted(options):
+            fitted = fit(
+                model,
+                guide,
+                path,
+                seed=options.seed,
+                settings=training,
+                data=data,
+                save=options.save,
+                resume=options.resume,
+            )
         dismiss()
         fitted.write(output, draws=options.draws, overwrite=options.overwrite)
     return fitted
@@ -160,12 +163,11 @@ def fit_adata(adata: AnnData, options: FitOptions, device: str = "cpu") -> Fit:
         covariates=options.covariates,
         device=device,
     )
-    if options.save is not None and team().leads:
-        note_parts(options.save, options)
-    fitted = fit(
-        model, guide, adata, seed=options.seed, settings=training, data=data,
-        save=options.save, resume=options.resume,
-    )  # fmt: skip
+    with _parts_noted(options):
+        fitted = fit(
+            model, guide, adata, seed=options.seed, settings=training, data=data,
+            save=options.save, resume=options.resume,
+        )  # fmt: skip
     dismiss()
     fitted.write(adata, draws=options.draws, overwrite=options.overwrite)
     return fitted
@@ -176,6 +178,17 @@ def training_of(options: FitOptions) -> TrainSettings:
     given: dict[str, Any] = {"max_epochs": options.max_epochs, "batch_size": options.batch_size, "beta": options.beta}
     given |= {"cycles": options.kl_cycles, "free_bits": options.free_bits}
     return replace(TrainSettings(), **{name: value for name, value in given.items() if value is not None})
+
+
+@contextmanager
+def _parts_noted(options: FitOptions) -> Iterator[None]:
+    """Around a fit: its parts are written down where it is kept, of one that goes on once it was taken for the same."""
+    folder = options.save if team().leads else None
+    if folder is not None and folder != options.resume:
+        note_parts(folder, options)
+    yield
+    if folder is not None and folder == options.resume:
+        note_parts(folder, options)
 
 
 def note_parts(folder: Path, options: FitOptions) -> None:
@@ -251,14 +264,20 @@ def report_file(path: Path, output: Path, *, basis: str, color: str, overwrite: 
 
 
 def score_file(
-    path: Path, clusters: str, edges: list[tuple[str, str]], *, basis: str = BASIS, json: Path | None = None
+    path: Path,
+    clusters: str,
+    edges: list[tuple[str, str]],
+    *,
+    basis: str = BASIS,
+    json: Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """CBDir on the embedding and in Ms space, ICCoh and confidence of a fit; written to `json` too, if given."""
     if json is not None:
-        check_output(json, source=path, formats=())
+        check_output(json, overwrite, source=path, formats=())
     scores = score(read(path), clusters, edges, basis=basis)
     if json is not None:
-        with whole(json, formats=()) as partial:
+        with whole(json, overwrite, formats=()) as partial:
             partial.write_text(json_format.dumps(scores, indent=2) + "\n")
     return scores
 

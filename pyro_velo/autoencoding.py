@@ -172,7 +172,7 @@ class ProfileFit:
 
         Raises `InputError` where a fit is kept there already (unless `overwrite`).
         """
-        folder = check_folder(folder, overwrite=overwrite)
+        folder = checkpoint.check_folder(folder, overwrite=overwrite)
         about = {
             "kind": KIND,
             "version": __version__,
@@ -345,16 +345,6 @@ def _describe(data: ProfileData, model: Any, guide: Any) -> dict[str, Any]:
     return named | {"recipe": in_words(model, guide)} | data.describe()
 
 
-def check_folder(folder: str | Path, *, overwrite: bool) -> Path:
-    """The folder, if a fit may be kept there; raises `InputError` for a file and, unless `overwrite`, a fit."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"Expected a folder to keep the fit in; got the file {folder}. Name another.")
-    if (folder / checkpoint.FILE).exists() and not overwrite:
-        raise InputError(f"{folder} holds a fit already; name another folder, or pass overwrite to replace it.")
-    return folder
-
-
 def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
     """Read, fit what the options name, and write the AnnData and the report; what can be checked is checked before.
 
@@ -364,7 +354,7 @@ def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
     if options.report is not None:
         check_output(options.report, options.overwrite, source=path, formats=(".html",))
     if options.save is not None:
-        check_folder(options.save, overwrite=options.overwrite or options.save == options.resume)
+        checkpoint.check_folder(options.save, overwrite=options.overwrite or options.save == options.resume)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model, candidates = recipe(options)

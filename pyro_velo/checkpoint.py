@@ -28,6 +28,16 @@ FAILURE = "failure.json"
 FORMAT = 1
 
 
+def check_folder(folder: str | Path, *, overwrite: bool) -> Path:
+    """The folder, if a fit may be kept there; raises `InputError` for a file and, unless `overwrite`, a fit."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"Expected a folder to keep the fit in; got the file {folder}. Name another.")
+    if (folder / FILE).exists() and not overwrite:
+        raise InputError(f"{folder} holds a fit already; name another folder, or pass overwrite to replace it.")
+    return folder
+
+
 def save(training: Training, folder: str | Path, *, about: dict[str, Any] | None = None) -> None:
     """Write the state of a run to `folder` (made if missing), whole or not at all; `about` is any JSON to keep with it.
 

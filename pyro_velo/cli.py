@@ -241,6 +241,7 @@ def score(
     edges: Annotated[str, typer.Option(metavar='"A>B,C>D"', help="What becomes what; A>B,>C is A>B,A>C.")],
     json_file: Json = None,
     basis: Basis = BASIS,
+    overwrite: Overwrite = False,
 ) -> None:
     """Score a fit against known transitions.
 
@@ -249,7 +250,7 @@ def score(
     pairs = parse_edges(edges)
     from pyro_velo import api
 
-    scores = api.score_file(result, clusters, pairs, basis=basis, json=json_file)
+    scores = api.score_file(result, clusters, pairs, basis=basis, json=json_file, overwrite=overwrite)
     typer.echo(json.dumps(scores, indent=2))
 
 

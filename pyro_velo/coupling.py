@@ -95,12 +95,16 @@ def couple(fitted: Fitted, cells: AnyCells, *, seed: int = 0, progress: bool | N
     with fitted.parameters(), noise, pyro.validation_enabled(False):
         torch.manual_seed(seed)
         search = Search(fitted, cells)
-        if not search.climb(progress):
-            text = "Rates and clock could not be coupled: the intervals of this fit are too narrow."
-            warnings.warn(text, stacklevel=2)
-            return fitted
-        search.settle()
-        return replace(fitted, guide=search.guide_found())
+        try:
+            if search.climb(progress):
+                search.settle()
+                return replace(fitted, guide=search.guide_found())
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            # Nor is there a covariance at the means.
+            pass
+    text = "Rates and clock could not be coupled: the intervals of this fit are too narrow. Train it for longer."
+    warnings.warn(text, stacklevel=2)
+    return fitted
 
 
 @dataclass
@@ -157,12 +161,12 @@ class Search:
         is left is that at the means.
         """
         self.seek()
-        start = self.bound()
+        start = self._bound()
         best, kept = self._ascend(start, progress), self._state()
         if self.turn():
             self.stride = STRIDE
             self.seek()
-            found = self._ascend(self.bound(), progress)
+            found = self._ascend(self._bound(), progress)
             if found > best:
                 best, kept = found, self._state()
             self.x, self.place, self.root, self.covariance = kept
@@ -248,10 +252,17 @@ class Search:
         return self.program.recipe.priors.latent.log_prob(z[:, self.shared]).sum(1, dtype=torch.float64)
 
     def _after_rounds(self) -> float:
-        """The bound some rounds later; without a covariance there is none."""
+        """The bound some rounds later."""
         try:
             for _ in range(ROUNDS):
                 self.round()
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return -math.inf
+        return self._bound()
+
+    def _bound(self) -> float:
+        """The bound; without a covariance, as far from an optimum, there is none."""
+        try:
             return self.bound()
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return -math.inf

@@ -23,14 +23,16 @@ from pyro_velo.data.checks import check_output_keys
 from pyro_velo.data.on_disk import velocity_data_on_disk
 from pyro_velo.disk import AnyCells, DiskCells
 from pyro_velo.doctor import sample
-from pyro_velo.errors import InputError
+from pyro_velo.errors import InputError, check_part
 from pyro_velo.flow import order_before_a_fit, summarise_cells
 from pyro_velo.forensics import NonFiniteError
 from pyro_velo.guides import Amortized
+from pyro_velo.models import base
 from pyro_velo.models.base import Model
 from pyro_velo.models.velocity import VelocityModel
 from pyro_velo.posterior import OVER_STATES, Draws, OverStates, Posterior, stream, summarise
 from pyro_velo.processes import team
+from pyro_velo.rates import RateGuide
 from pyro_velo.refinement import refine
 from pyro_velo.time_units import in_common_unit
 from pyro_velo.train import Fitted, Guide, OnEvaluation, Training, TrainSettings, restore, train
@@ -221,6 +223,7 @@ def fit(
     fit.
     """
     model, guide = model or VelocityModel(), guide or Amortized()
+    check_parts(model, guide)
     data = data or _data_of(adata, seed, counts=_counts(model))
     check_suits(model, data)
     data = _in_order(model, data, adata)
@@ -309,6 +312,17 @@ def _counts(model: Model) -> bool:
 def _one_clock(model: Any) -> bool:
     """Whether a model gives each cell a time that its genes share."""
     return isinstance(model, VelocityModel) and model.times.shared
+
+
+def check_parts(model: Any, guide: Any) -> None:
+    """Raises `InputError` for a model that is none, and for a guide that is the recipe's class, or one of rates alone.
+
+    Any other callable may be a guide, as Pyro's autoguides are.
+    """
+    check_part("the model", model, Model, "pv.VelocityModel()")
+    alone = isinstance(guide, RateGuide) or (isinstance(guide, type) and issubclass(guide, (base.Guide, RateGuide)))
+    if alone or not callable(guide):
+        check_part("the guide", guide, base.Guide, "pv.guides.Amortized(rates=pv.rates.PerGene())")
 
 
 def check_suits(model: Model, data: VelocityData) -> None:

@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_velo.batch import Batch
+from pyro_velo.errors import check_part
 from pyro_velo.models.base import Guide
 from pyro_velo.nn import Decoder, NormalEncoder
 from pyro_velo.rates import MeanField, RateGuide
@@ -34,6 +35,10 @@ class Amortized(Guide):
     rates: RateGuide = field(default_factory=MeanField)
     hidden: Sequence[int] = (128,)
     hidden_states: Sequence[int] = (128,)
+
+    def __post_init__(self) -> None:
+        """Refuse a posterior of the rates that is none."""
+        check_part("rates", self.rates, RateGuide, "pv.rates.MeanField()")
 
     def __call__(self, program: nn.Module) -> AmortizedProgram:
         """The guide of a velocity program."""

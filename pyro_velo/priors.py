@@ -21,6 +21,9 @@ from pyro_velo.errors import InputError
 CENTRED = ("alpha", "beta", "gamma", "noise", "alpha_1")
 """What has a start value of its own that the data give."""
 
+POSITIVE = ("alpha", "beta", "gamma", "switch_time", "noise", "dispersion", "alpha_1")
+"""What is above 0."""
+
 Prior: TypeAlias = Distribution | Callable[[Tensor], Distribution]
 """A distribution over one gene's value, or a function of the start values (G,) that returns one of batch shape (G,)."""
 
@@ -86,9 +89,32 @@ class Priors:
     latent: Distribution = field(default_factory=lambda: dist.Normal(0.0, 1.0))
 
     def __post_init__(self) -> None:
-        """Refuse a concentration that no Dirichlet has."""
+        """Refuse a concentration that no Dirichlet has, what is no prior, and one below 0 of what is not."""
         if not self.concentration > 0:
             raise InputError(f"Expected a Dirichlet concentration > 0; got {self.concentration}. veloVI's is 0.25.")
+        for each in fields(self):
+            prior = getattr(self, each.name)
+            if each.name == "concentration" or (prior is None and each.name == "switch_time"):
+                continue
+            if not (isinstance(prior, Distribution) or callable(prior)):
+                raise InputError(
+                    f"Expected the prior of {each.name} to be a distribution, or a function of start values; got "
+                    f"{prior!r}. Write dist.LogNormal(-1.0, 0.5), or pv.priors.Centered(sd) around the start values."
+                )
+            if each.name in POSITIVE and isinstance(prior, Distribution):
+                self._check_positive(each.name, prior)
+
+    @staticmethod
+    def _check_positive(name: str, prior: Distribution) -> None:
+        support = prior.support
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        low = getattr(support, "lower_bound", -math.inf)
+        if not torch.as_tensor(low).min() >= 0:
+            raise InputError(
+                f"Expected a prior of positive numbers of {name}; got {prior}, which may be below 0. Take a LogNormal, "
+                "a Gamma or a HalfNormal."
+            )
 
     @classmethod
     def from_data(cls, sd: float = 1.0, **others: Any) -> Priors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,7 +202,7 @@ def test_score_is_passed_on_and_printed(api: SimpleNamespace, file: Path, capsys
     assert main(["score", str(file), "--clusters", "kind", "--edges", "A>B,>C", "--json", "s.json"]) == 0
     ((name, arguments, options),) = api.calls
     assert (name, arguments) == ("score_file", (file, "kind", [("A", "B"), ("A", "C")]))
-    assert options == {"basis": BASIS, "json": Path("s.json")}
+    assert options == {"basis": BASIS, "json": Path("s.json"), "overwrite": False}
     assert json.loads(capsys.readouterr().out) == {"CBDir": 0.5}
 
 
@@ -454,6 +455,28 @@ def test_score_prints_and_writes_the_same(labelled: Path) -> None:
     done = here("score", labelled.name, *arguments, cwd=labelled.parent)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((labelled.parent / "scores.json").read_text())
+    assert_refused(here("score", labelled.name, *arguments, cwd=labelled.parent), "scores.json", "exists already")
+    assert here("score", labelled.name, *arguments, "--overwrite", cwd=labelled.parent).returncode == 0
+
+
+def test_a_kept_fit_is_replaced_if_asked_to_and_gone_on_with_by_the_same_model(
+    fitted: Path, simulated: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(fitted.parent / "checkpoint", kept := tmp_path / "kept")
+    shutil.copy(simulated, tmp_path / "counts.h5ad")
+    before = contents(tmp_path)
+
+    def fit(*options: str) -> subprocess.CompletedProcess[str]:
+        fixed = "-o out.h5ad --draws 5 --seed 0 --threads 1 --device cpu --save kept".split()
+        return here("fit", "counts.h5ad", *fixed, *options, cwd=tmp_path)
+
+    assert_refused(fit("--as-is", "--max-epochs", "5"), "holds a fit already", "another folder")
+    assert_refused(fit("--as-is", "--likelihood", "normal", "--resume", "kept"), "model of the checkpoint")
+    assert contents(tmp_path) == before
+    assert fit("--as-is", "--max-epochs", "6", "--resume", "kept").returncode == 0
+    assert contents(kept)["parts.json"] == before["kept/parts.json"]
+    (tmp_path / "file").touch()
+    assert_refused(fit("--as-is", "--overwrite", "--save", "file"), "a folder to keep the fit in", "Name another")
 
 
 def test_score_refuses_a_cluster_that_is_not_there(labelled: Path) -> None:

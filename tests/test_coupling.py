@@ -333,6 +333,16 @@ def test_steps_that_lead_nowhere_are_not_taken(alone: Fitted, monkeypatch: pytes
         assert couple(alone, small_cells(), progress=False) is alone
 
 
+@pytest.mark.parametrize("where", ["bound", "_at_means"])
+def test_without_a_covariance_the_fit_comes_back(alone: Fitted, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def fails(self: Search, *_: object) -> None:
+        raise torch.linalg.LinAlgError("not positive-definite")
+
+    monkeypatch.setattr(Search, where, fails)
+    with pytest.warns(UserWarning, match="could not be coupled.*Train it for longer"):
+        assert couple(alone, small_cells(), progress=False) is alone
+
+
 def test_the_search_ends_where_the_bound_was_highest(alone: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds, bound = list[float](), Search.bound
     with alone.parameters(), pyro.validation_enabled(False):

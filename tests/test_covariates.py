@@ -53,6 +53,7 @@ def test_categories_are_one_hot_and_numbers_standardised(adata) -> None:
         (lambda obs: obs.drop(columns="lab"), "lab"),
         (lambda obs: obs.assign(lab=None), "missing for 40 cells"),
         (lambda obs: obs.assign(lab="a"), "'a' in every cell"),
+        (lambda obs: obs.assign(lab=np.linspace(0, 1, N)), "aren't whole.*as a covariate"),
     ],
 )
 def test_a_column_that_says_nothing_is_refused(adata, change, says) -> None:

@@ -164,6 +164,23 @@ def test_nan_names_the_gene():
         small(data=spoilt)
 
 
+@pytest.mark.parametrize(
+    ("swap", "says"),
+    [
+        (lambda a: pv.VelocityModel(likelihood=pv.likelihoods.NB), "likelihood to be a Likelihood.*got the class NB"),
+        (lambda a: pv.VelocityModel(times="shared"), "times to be a Times.*got 'shared'"),
+        (lambda a: pv.guides.Amortized(rates=pv.rates.PerGene), "rates to be a RateGuide.*got the class PerGene"),
+        (lambda a: pv.fit("tobit", None, a), "the model to be a Model"),
+        (lambda a: pv.fit(None, pv.rates.PerGene(), a), "the guide to be a Guide.*rates=pv.rates.PerGene"),
+        (lambda a: pv.fit(None, pv.guides.Amortized, a), "the guide to be a Guide.*got the class Amortized"),
+        (lambda a: pv.fit(None, "amortized", a), "the guide to be a Guide"),
+    ],
+)
+def test_what_is_no_part_is_refused_before_the_training(swap, says):
+    with pytest.raises(InputError, match=says):
+        swap(small_adata())
+
+
 def test_the_default_model_and_guide_are_used_where_none_is_given():
     fit = pv.fit(None, None, small_adata(), settings=settings(max_epochs=1), data=data(), progress=False)
     assert fit.recipe == in_words(pv.VelocityModel(), pv.guides.Amortized())

@@ -102,6 +102,8 @@ def test_the_curve_solves_the_ode_and_turns_at_the_switch(adata):
     for point in (solid[-1], dashed[0], ax.lines[2].get_xydata()[0]):
         np.testing.assert_allclose(point[::-1], on + offset, rtol=1e-7)
     np.testing.assert_allclose(dashed[-1][::-1], off + offset, rtol=1e-6, atol=1e-9)
+    steady = solve_ivp(slope(alpha), (0, 100 / min(beta, gamma)), [0, 0], rtol=1e-10, atol=1e-12).y[:, -1]
+    np.testing.assert_allclose(ax.lines[3].get_xydata()[0][::-1], steady + offset, rtol=1e-7)
     assert ax.lines[0].get_linestyle() == "-" and ax.lines[1].get_linestyle() == "--"
 
 

@@ -49,6 +49,19 @@ def test_a_concentration_that_no_dirichlet_has_is_refused(concentration: float) 
         Priors(concentration=concentration)
 
 
+def test_what_is_no_prior_or_may_be_negative_is_refused() -> None:
+    for told, says in (
+        ({"beta": 0.5}, "prior of beta to be a distribution"),
+        ({"switch_time": "Uniform"}, "prior of switch_time"),
+        ({"beta": dist.Normal(0.0, 1.0)}, "positive numbers of beta.*LogNormal"),
+        ({"gamma": dist.Uniform(-1.0, 2.0)}, "positive numbers of gamma"),
+    ):
+        with pytest.raises(InputError, match=says):
+            Priors(**told)
+    positive = (dist.Gamma(1.0, 1.0), dist.HalfNormal(1.0), dist.Uniform(0.0, 1.0), dist.LogNormal(0.0, 1.0))
+    assert all(Priors(beta=prior).beta is prior for prior in positive)
+
+
 def test_a_distribution_is_taken_as_it_is_and_a_function_is_given_the_start() -> None:
     fixed, seen = dist.LogNormal(0.0, 0.5), []
 

@@ -248,5 +248,6 @@ def check_whole(layer: Any, name: str) -> None:
     if fractions.size:
         raise InputError(
             f"Layer {name!r} holds {fractions.size:,} numbers that aren't whole (first: {fractions[0]:g}), expected "
-            "raw counts; pass the layer from before it was normalised, or fit the layers as they are (--as-is)."
+            "raw counts; pass the layer from before it was normalised. What is no counts is fitted as it is by a "
+            "likelihood of scaled layers (fit --as-is), profiles by a Normal (vae --likelihood normal)."
         )

@@ -69,6 +69,11 @@ def design(adata: AnnData, batch_key: str | None = None, covariates: Sequence[st
                 f"obs[{name!r}] is missing for {int(column.isna().sum())} cells, expected a value in every one; "
                 "leave these cells out, or name them a category of their own."
             )
+        if name == batch_key and _fractional(column):
+            raise InputError(
+                f"obs[{name!r}] holds numbers that aren't whole ({column.iloc[0]:g}), expected the names or numbers of "
+                "experimental batches; name a column of those, or take this one as a covariate."
+            )
         if name == batch_key or not _continuous(column):
             codes, levels[name] = _codes(column, name)
             part = np.eye(len(levels[name]), dtype=np.float32)[codes]
@@ -84,6 +89,10 @@ def design(adata: AnnData, batch_key: str | None = None, covariates: Sequence[st
 
 def _continuous(column: pd.Series) -> bool:
     return column.dtype.kind in "fiu"
+
+
+def _fractional(column: pd.Series) -> bool:
+    return column.dtype.kind == "f" and bool((column != column.round()).any())
 
 
 def _codes(column: pd.Series, name: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:

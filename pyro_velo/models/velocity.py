@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pyro_velo.batch import Batch, Cells
 from pyro_velo.compiled import fuses, fusible, pays, spread
-from pyro_velo.errors import InputError
+from pyro_velo.errors import InputError, check_part
 from pyro_velo.initial import Initialisation, Start, SteadyState
 from pyro_velo.kinetics import Rates, repression, velocity
 from pyro_velo.library import Known, Library, rough
@@ -98,12 +98,23 @@ class SwitchPenalty:
         pyro.sample("switch_penalty", factor, obs=miss.new_empty(*miss.shape, 0), infer={"penalty": self.annealed})
 
 
+PARTS = (
+    ("likelihood", Likelihood, "pv.likelihoods.Tobit()"),
+    ("priors", Priors, "pv.Priors()"),
+    ("states", StateFamily, "pv.states.Collapsed()"),
+    ("times", Times, "pv.times.PerGene()"),
+    ("transcription", Transcription, "pv.transcription.Constant()"),
+    ("library", Library, "pv.library.Known()"),
+    ("initial", Initialisation, "pv.initial.SteadyState()"),
+)
+
+
 @dataclass(frozen=True)
 class VelocityModel(Model):
     """The recipe: every part of the model, each an object to swap, and how large the decoder is.
 
-    `hidden=()` makes the decoder linear: a loading for each gene and latent dimension. Raises `InputError` where
-    library sizes are to be inferred of what is not counts.
+    `hidden=()` makes the decoder linear: a loading for each gene and latent dimension. Raises `InputError` for a part
+    that is none (a class, a name), and where library sizes are to be inferred of what is not counts.
 
     >>> VelocityModel(priors=Priors(concentration=0.5)).priors.concentration
     0.5
@@ -122,7 +133,9 @@ class VelocityModel(Model):
     hidden: Sequence[int] = (128,)
 
     def __post_init__(self) -> None:
-        """Check that the parts go together."""
+        """Check that the parts are parts, and go together."""
+        for name, kind, example in PARTS:
+            check_part(name, getattr(self, name), kind, example)
         if self.library.inferred and not self.likelihood.counts:
             raise InputError(
                 f"Expected a likelihood of counts, where library sizes are inferred; got {self.likelihood!r}. Use NB() "

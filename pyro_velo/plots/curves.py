@@ -82,6 +82,15 @@ def fitted_curve(fit: GeneFit, n: int = 200) -> Array:
     return branches(fit.median, n) + fit.offset
 
 
+def steady_state(fit: GeneFit) -> Array:
+    """Where induction leads to in the end, (s, u) = (alpha/gamma, alpha/beta), at the posterior median rates.
+
+    Cells whose gene is in the state "induction, steady" stand there, which may be far from where the curve turns.
+    """
+    alpha, beta, gamma, _ = fit.median
+    return np.array([alpha / gamma, alpha / beta]) + fit.offset
+
+
 def inside_probability(fit: GeneFit, s: Array, u: Array, seed: int = 0) -> Array:
     """Share of drawn curves that enclose each point of the grid s (S,) x u (U,), in units of Ms and Mu; returns (U, S).
 

@@ -28,7 +28,7 @@ from .canvas import (
     open_frame,
     shuffled,
 )
-from .curves import Array, GeneFit, fitted_curve, gene_fit, inside_probability
+from .curves import Array, GeneFit, fitted_curve, gene_fit, inside_probability, steady_state
 from .lookup import Annotated, abundance, gene_column, gene_position, per_cell
 
 
@@ -36,6 +36,9 @@ def phase_portrait(
     adata: Annotated, gene: str, *, color: str = "state", band: float = 0.9, key: bool = True, ax: Axes | None = None
 ) -> Axes:
     """Draws Ms against Mu of one gene: cells, the fitted curve (induction solid, repression dashed), band and switch.
+
+    The diamond is the switch, the star the steady state of induction, where cells of that state belong; one that lies
+    beyond all cells and the curve is not drawn.
 
     The curve is `kinetics.trajectory` at the posterior mean rates, plus the offsets `fit_s0` and `fit_u0`. The band is
     where the curve passes with probability `band`, point by point, if the rates are independent LogNormals with the
@@ -61,6 +64,7 @@ def phase_portrait(
     for branch, style in zip(curve, ("-", "--"), strict=True):
         ax.plot(*branch.T, color=INK, lw=1.6, ls=style, zorder=4)
     ax.plot(*curve[0, -1], "D", ms=6, mfc="white", mec=INK, mew=1.4, zorder=5)
+    ax.plot(*steady_state(fit), "*", ms=11, mfc="white", mec=INK, mew=1.2, zorder=5)
     ax.set(xlabel=f"spliced ({s_name})", ylabel=f"unspliced ({u_name})")
     ax.set_title(gene, fontsize=11, parse_math=False)
     open_frame(ax)
