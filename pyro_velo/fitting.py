@@ -366,7 +366,8 @@ def _check_same_as_kept(name: str, value: Any, about: dict[str, Any], folder: st
     if about.get(name) != value:
         was, now = _where_they_differ(str(about.get(name)), str(value))
         raise InputError(
-            f"Expected the {name} of the checkpoint in {folder}, {was}; got {now}. Start without the checkpoint."
+            f"Expected the {name} of the checkpoint in {folder}, {was}; got {now}. Pass what the fit was made of "
+            "(where it is only looked at, the file that it wrote), or start without the checkpoint."
         )
 
 
