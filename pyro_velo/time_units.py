@@ -134,8 +134,8 @@ class PriorShape(NamedTuple):
             low, at, high = (_log_density(fn, values[name] * math.exp(step)) for step in (-BEND, 0.0, BEND))
             curved = ((2 * at - low - high) / BEND**2).nan_to_num(0.0, posinf=0.0, neginf=0.0)
             found.append(torch.where(curved > FLAT, curved, _narrowness(fn)))
-            most.append(torch.as_tensor(getattr(fn.support, "upper_bound", math.inf)).max().log())
-        return cls(torch.stack(found, -1), torch.stack(most))
+            most.append(float(torch.as_tensor(getattr(fn.support, "upper_bound", math.inf)).max().log()))
+        return cls(torch.stack(found, -1), torch.tensor(most))
 
 
 def _prior(program: VelocityProgram, values: dict[str, Tensor], name: str) -> TorchDistribution:
@@ -148,10 +148,9 @@ def _prior(program: VelocityProgram, values: dict[str, Tensor], name: str) -> To
 def _narrowness(prior: TorchDistribution) -> Tensor:
     """1 / the variance of a site's logarithm under its prior, (G,); `FLAT` for an improper one, which has no draws."""
     try:
-        found = prior.sample((PRIOR_DRAWS,)).log().var(0).reciprocal()
+        return prior.sample((PRIOR_DRAWS,)).log().var(0).reciprocal().nan_to_num(FLAT)
     except NotImplementedError:
-        found = torch.full(prior.batch_shape, FLAT)
-    return found.nan_to_num(FLAT)
+        return torch.tensor(FLAT)
 
 
 def _log_density(prior: TorchDistribution, value: Tensor) -> Tensor:
