@@ -70,7 +70,8 @@ def fit_file(path: Path, output: Path, options: FitOptions) -> Fit:
     if options.report is not None:
         check_output(options.report, options.overwrite, source=path, formats=(".html",))
     if options.save is not None:
-        checkpoint.check_folder(options.save, overwrite=options.overwrite or options.save == options.resume)
+        goes_on = checkpoint.is_same(options.save, options.resume)
+        checkpoint.check_folder(options.save, overwrite=options.overwrite or goes_on)
     device = _device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -184,10 +185,11 @@ def training_of(options: FitOptions) -> TrainSettings:
 def _parts_noted(options: FitOptions) -> Iterator[None]:
     """Around a fit: its parts are written down where it is kept, of one that goes on once it was taken for the same."""
     folder = options.save if team().leads else None
-    if folder is not None and folder != options.resume:
+    goes_on = checkpoint.is_same(folder, options.resume)
+    if folder is not None and not goes_on:
         note_parts(folder, options)
     yield
-    if folder is not None and folder == options.resume:
+    if folder is not None and goes_on:
         note_parts(folder, options)
 
 

@@ -354,7 +354,8 @@ def vae_file(path: Path, output: Path, options: VAEOptions) -> ProfileFit:
     if options.report is not None:
         check_output(options.report, options.overwrite, source=path, formats=(".html",))
     if options.save is not None:
-        checkpoint.check_folder(options.save, overwrite=options.overwrite or options.save == options.resume)
+        goes_on = checkpoint.is_same(options.save, options.resume)
+        checkpoint.check_folder(options.save, overwrite=options.overwrite or goes_on)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model, candidates = recipe(options)

@@ -38,6 +38,11 @@ def check_folder(folder: str | Path, *, overwrite: bool) -> Path:
     return folder
 
 
+def is_same(folder: Path | None, other: Path | None) -> bool:
+    """Whether two paths name one folder: what is kept where it is gone on from replaces no other fit."""
+    return folder is not None and other is not None and folder.resolve() == other.resolve()
+
+
 def save(training: Training, folder: str | Path, *, about: dict[str, Any] | None = None) -> None:
     """Write the state of a run to `folder` (made if missing), whole or not at all; `about` is any JSON to keep with it.
 

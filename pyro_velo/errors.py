@@ -1,4 +1,4 @@
-"""The two errors that are no bug: the input is at fault, or the numbers of a fit went astray."""
+"""The two errors that are no bug: the input is at fault (`check_part` has one kind), or a fit went astray."""
 
 from __future__ import annotations
 

@@ -471,7 +471,8 @@ def test_a_kept_fit_is_replaced_if_asked_to_and_gone_on_with_by_the_same_model(
         return here("fit", "counts.h5ad", *fixed, *options, cwd=tmp_path)
 
     assert_refused(fit("--as-is", "--max-epochs", "5"), "holds a fit already", "another folder")
-    assert_refused(fit("--as-is", "--likelihood", "normal", "--resume", "kept"), "model of the checkpoint")
+    for folder in ("kept", str(kept)):
+        assert_refused(fit("--as-is", "--likelihood", "normal", "--resume", folder), "model of the checkpoint")
     assert contents(tmp_path) == before
     assert fit("--as-is", "--max-epochs", "6", "--resume", "kept").returncode == 0
     assert contents(kept)["parts.json"] == before["kept/parts.json"]

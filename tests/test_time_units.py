@@ -232,7 +232,7 @@ def test_a_normal_ends_where_the_prior_does() -> None:
     assert torch.equal(far.within(x)[0], x)
 
 
-def test_switching_times_that_nothing_is_known_of_are_those_of_the_prior(before: Fitted) -> None:
+def test_switching_times_that_nothing_is_known_of_end_where_the_prior_does(before: Fitted) -> None:
     cells = small_cells()
     with before.parameters(), torch.no_grad(), pyro.validation_enabled(False):
         values = medians(before, cells)

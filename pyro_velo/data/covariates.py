@@ -50,7 +50,8 @@ def design(adata: AnnData, batch_key: str | None = None, covariates: Sequence[st
     """The covariates in the columns `covariates` of obs, and the experimental batches in `batch_key`.
 
     Numbers count as continuous, everything else as categories. None where nothing is asked for.
-    Raises `InputError` for a column that is absent, named twice, holds missing values, or is the same in every cell.
+    Raises `InputError` for a column that is absent, named twice, holds missing values, or is the same in every cell,
+    and for fractions as experimental batches.
     """
     names = [*([batch_key] if batch_key else []), *covariates]
     if not names:

@@ -107,6 +107,7 @@ PARTS = (
     ("library", Library, "pv.library.Known()"),
     ("initial", Initialisation, "pv.initial.SteadyState()"),
 )
+"""What a model's parts must be, and one of each."""
 
 
 @dataclass(frozen=True)
